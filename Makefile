@@ -1,0 +1,49 @@
+# The main jobs. Each creates .venv and installs what it needs on first use; a changed pyproject.toml installs again.
+#   make demo    the whole system at tiny size on this machine, ending in a report
+#   make test    the test suite
+#   make lint    format, types, spelling and floors
+#   make bench   every benchmark
+#   make help    this list
+
+BIN := .venv/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+demo: .venv/.installed
+	$(BIN)/qlip demo
+
+test: .venv/.installed-dev
+	$(BIN)/pytest
+
+lint: .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/codespell
+	$(BIN)/lint-imports
+
+bench: .venv/.installed-dev
+	@for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
+
+$(BIN)/pip:
+	@for python in python3.11 python3; do \
+	  if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
+	    exec $$python -m venv .venv; \
+	  fi; \
+	done; \
+	echo "qlip needs Python 3.11 or newer as python3.11 or python3: install it and run make again" >&2; exit 1
+
+.venv/.installed: pyproject.toml | $(BIN)/pip
+	@echo "installing qlip into .venv (once, some minutes)"
+	@$(INSTALL) --editable .
+	@touch $@
+
+.venv/.installed-dev: pyproject.toml | $(BIN)/pip
+	@echo "installing qlip with the developers' tools into .venv (once, some minutes)"
+	@$(INSTALL) --editable '.[dev]'
+	@touch $@ .venv/.installed

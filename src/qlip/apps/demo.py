@@ -1,0 +1,107 @@
+"""`qlip demo`: scenes -> stage 1 -> stage 2 -> evaluations -> report.html, with the code that trains the paper's sizes.
+
+    OUT/data/{train,test}  OUT/stage1  OUT/stage2  OUT/results/*.json  OUT/report.html
+
+Every part is skipped when its output is already there, so a stopped demo goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from qlip.apps.report import write_report
+from qlip.core.log import console
+from qlip.data.scene_shards import write_scene_shards
+from qlip.data.scenes import SceneConfig
+from qlip.evals.run import print_results, run_evals, write_results
+from qlip.recipes import find_recipe
+from qlip.recipes.run import RunConfig, run_recipe
+
+TRAIN_OBJECT_COUNTS = (0.7, 0.1, 0.1, 0.1)  # mostly single objects: their captions teach shapes soonest
+
+
+class Timings:
+    """Seconds per part, kept in results/timings.json over restarts."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.values: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Add the time of this part."""
+        started = time.monotonic()
+        yield
+        self.values[name] = round(self.values.get(name, 0.0) + time.monotonic() - started, 1)
+        self.values["peak_memory_gb"] = round(peak_memory_gb(), 2)
+        self.values["machine"] = machine()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.values, indent=1))
+
+
+def peak_memory_gb() -> float:
+    """Largest resident memory of this process so far, in GB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e9 if platform.system() == "Darwin" else peak * 1024 / 1e9  # bytes there, KiB on Linux
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        cpu = names[0] if names else cpu
+    return {"cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version(), "torch": version("torch")}
+
+
+def run_demo(out: Path, *, train_scenes: int, test_scenes: int, seed: int) -> None:
+    """Train, evaluate, report. Raises `UserError` before training when `out` cannot be used."""
+    started = time.monotonic()
+    stage1, stage2 = find_recipe("scenes_tiny"), find_recipe("scenes_tiny_stage2")
+    size = stage1.model.image_size
+    train_data, test_data = out / "data" / "train", out / "data" / "test"
+    train_config = SceneConfig(image_size=size, seed=seed, object_counts=TRAIN_OBJECT_COUNTS)
+    test_config = SceneConfig(image_size=size, seed=seed)
+    timings = Timings(out / "results" / "timings.json")
+    with timings.part("scenes"):
+        write_scene_shards(train_data, num=train_scenes, split="train", config=train_config)
+        write_scene_shards(test_data, num=test_scenes, split="test", config=test_config)
+    for name, config in (("stage1", stage1), ("stage2", stage2)):
+        _train_and_evaluate(out, name, config, train_data, test_data, seed=seed, timings=timings)
+    with timings.part("report"):
+        report = write_report(out)
+    console.print(
+        f"done in {(time.monotonic() - started) / 60:.1f} min, peak memory {peak_memory_gb():.1f} GB: {report}"
+    )
+
+
+def _train_and_evaluate(
+    out: Path, name: str, config: RunConfig, train_data: Path, test_data: Path, *, seed: int, timings: Timings
+) -> None:
+    config.data.train = str(train_data)
+    config.trainer.seed = seed
+    if config.task.kind == "reconstruct":
+        config.task.init = str(out / "stage1" / "export")
+    with timings.part(f"{name} training"):
+        export = run_recipe(config, folder=out / name)
+    result_file = out / "results" / f"{name}.json"
+    if result_file.exists():
+        results = json.loads(result_file.read_text())
+    else:
+        with timings.part(f"{name} evaluation"):
+            results = run_evals(export, data=str(test_data), evals=("reconstruction", "zero_shot"), max_samples=2000)
+        write_results(result_file, results)
+    console.print(f"{name}:")
+    print_results(results)

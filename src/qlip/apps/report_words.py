@@ -1,0 +1,99 @@
+"""What the report says about each figure and each training term: unit, better direction, one plain sentence."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+
+class Words(NamedTuple):
+    """How to show one figure."""
+
+    unit: str
+    """`share` is shown in per cent; `dB`, `nats` and others stand behind the number."""
+    better: str
+    """`higher`, `lower`, or empty where neither is better."""
+    meaning: str
+    """One plain sentence."""
+
+
+FIGURES = {
+    "psnr": Words("dB", "higher", "Pixel error of the reconstructions; 3 dB more is half the squared error."),
+    "ssim": Words("", "higher", "Structural similarity: local contrast and edges; 1 is identical."),
+    "encoder_distance": Words(
+        "", "lower", "Distance of original and reconstruction in this model's own encoder, 0 to 4."
+    ),
+    "fd_encoder": Words(
+        "", "lower", "Frechet distance of both sets of pictures in this model's own encoder; not rFID."
+    ),
+    "bit_entropy": Words("nats", "higher", "How evenly a bit is used, averaged over the bits; ln 2 = 0.693 is even."),
+    "bit_entropy_max": Words("nats", "", "The most a bit can hold: ln 2."),
+    "balanced_bits": Words("share", "higher", "Share of bits that hold more than nine tenths of that maximum."),
+    "distinct_token_share": Words("share", "higher", "Different tokens among all tokens of the test pictures."),
+    "bits_per_pixel": Words("", "", "Size of the code: bits of a token over pixels of a patch."),
+    "compression_ratio": Words("times", "", "24-bit pixels over the size of the code."),
+    "top1": Words("share", "higher", "Right colour and shape among all pairs, from the class names alone."),
+    "top5": Words("share", "higher", "The right pair is among the five most probable."),
+    "top1_seen_pairs": Words("share", "higher", "As top1, on pairs of colour and shape that training showed."),
+    "top1_unseen_pairs": Words("share", "higher", "As top1, on pairs that training never showed together."),
+    "colour_top1": Words("share", "higher", "Right colour among the colour names."),
+    "shape_top1": Words("share", "higher", "Right shape among the shape names."),
+}
+
+TERMS = {
+    "loss": Words("weighted sum", "", "What the optimizer lowers: the sum of the terms below."),
+    "contrastive_loss": Words("nats", "", "Picks the right caption in the batch for each picture, and back."),
+    "pixel_loss": Words("weighted", "", "Squared pixel error, times its weight."),
+    "quantizer_loss": Words("weighted", "", "Confident bits minus balanced bits (Eq 1); falls below zero."),
+    "commitment_loss": Words("weighted", "", "How far the latents lie from their codes."),
+    "perceptual_loss": Words("weighted", "", "Distance in the frozen encoder or LPIPS, times its weight."),
+    "generator_loss": Words("weighted", "", "Rises when the discriminator sees through the reconstructions."),
+    "discriminator_loss": Words("nats", "", "ln 2 = 0.693 when it cannot tell original from reconstruction."),
+    "r1_loss": Words("weighted", "", "Keeps the discriminator smooth; measured every few steps."),
+    "contrastive": Words("nats", "", "The contrastive term before its weight."),
+    "mse": Words("squared error", "", "Squared error of pixels in [0, 1]."),
+    "encoder": Words("distance", "", "Distance in the frozen stage-1 encoder, before its weight."),
+    "lpips": Words("distance", "", "LPIPS, before its weight."),
+    "logit_scale": Words("factor", "", "Inverse temperature of the contrastive softmax, at most 100."),
+    "sample_entropy": Words("nats", "", "Doubt within one token, all bits together: falls as bits get confident."),
+    "codebook_entropy": Words("nats", "", "Spread over all tokens, all bits together: high when bits are balanced."),
+    "bit_entropy": Words("nats per bit", "", "Balance of the hard bits; 0.693 is perfect."),
+    "bits_alive": Words("share", "", "Bits that are not stuck at one value."),
+    "real_logit": Words("logit", "", "What the discriminator says to originals."),
+    "fake_logit": Words("logit", "", "What the discriminator says to reconstructions."),
+    "grad_norm": Words("norm", "", "Length of the gradient before clipping."),
+    "lr_factor": Words("factor", "", "Warm-up and decay of the learning rates."),
+    "images_per_second": Words("images / s", "", "Training speed."),
+}
+
+UNKNOWN = Words("", "", "")
+
+
+def figure_words(name: str) -> Words:
+    """The words for a figure of an evaluation; empty ones for a figure this page does not know."""
+    return FIGURES.get(name, UNKNOWN)
+
+
+def term_words(term: str) -> Words:
+    """The words for a training term, with or without its phase (`decoder/mse`)."""
+    return TERMS.get(term.split("/")[-1], UNKNOWN)
+
+
+def format_figure(name: str, value: float | None) -> str:
+    """`psnr 24.3` -> `24.30 dB`, `top1 0.5` -> `50.0 %`; a dash for a figure that could not be measured."""
+    if value is None or not math.isfinite(value):
+        return "\N{EN DASH}"
+    unit = figure_words(name).unit
+    if unit == "share":
+        return f"{100 * value:.1f} %"
+    if unit == "dB":
+        return f"{value:.2f} dB"
+    return f"{value:.4g} {unit}".strip()
+
+
+def format_duration(seconds: float) -> str:
+    """Seconds as `4.2 s` or `3 min 05 s`."""
+    if seconds < 59.95:  # 59.96 would read 60.0 s
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    return f"{whole // 60} min {whole % 60:02d} s"

@@ -1,0 +1,46 @@
+"""Configs as dataclasses: strict JSON out and in, and what differs between two of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, TypeVar
+
+import pydantic
+
+from qlip.core.errors import UserError
+
+T = TypeVar("T")
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A dataclass, with its nested ones, as plain JSON values."""
+    return pydantic.TypeAdapter(type(config)).dump_python(config, mode="json")
+
+
+def from_json(cls: type[T], values: dict[str, Any]) -> T:
+    """The dataclass of plain JSON values. Raises `UserError` naming the first unknown or mistyped field."""
+    _refuse_unknown_fields(cls, values, path="")
+    try:
+        return pydantic.TypeAdapter(cls).validate_python(values)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"config field {'.'.join(map(str, first['loc']))}: {first['msg']}; mend config.json") from None
+
+
+def _refuse_unknown_fields(cls: Any, values: dict[str, Any], *, path: str) -> None:
+    fields = {f.name: f.type for f in dataclasses.fields(cls)}
+    for name in values:
+        if name not in fields:
+            raise UserError(f"config field {path}{name} is unknown: written by another version of qlip?")
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], *, path: str = "") -> list[str]:
+    """Lines `a.b: 1 -> 2` for every leaf that differs between two nested JSON values."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after, name = old.get(key), new.get(key), f"{path}{key}"
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += differences(before, after, path=f"{name}.")
+        elif before != after:
+            lines.append(f"{name}: {before!r} -> {after!r}")
+    return lines

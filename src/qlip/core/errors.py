@@ -1,0 +1,19 @@
+"""The one exception for mistakes a user can mend: its text is one line that ends with the remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave. The command line prints its text as one line and exits with code 2."""
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str:
+    """Say which known name was probably meant, or list them: the tail of an error line."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"known: {', '.join(known)}"

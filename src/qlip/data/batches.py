@@ -1,0 +1,128 @@
+"""From one picture with its caption to a training batch: what a shard reader's samples become (engine contract).
+
+Shapes: `b` samples, `S` side of the square pictures, `t` text tokens, padded to the longest of the batch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from qlip.data.images import ImageLimits
+from qlip.data.shards import ShardConfig, ShardDataset, check_shard_split, expand_shards
+from qlip.data.tar_reader import RawSample
+from qlip.data.transforms import random_resized_crop, resize_and_crop
+
+Tokenize = Callable[[list[str]], dict[str, Tensor]]
+"""Texts -> `input_ids` and `attention_mask` (b, t), padded and truncated."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Which captioned image shards to train on, and how they become batches."""
+
+    train: str = ""
+    """Tar shards: a folder, `PATH/{00000..00009}.tar`, or several joined by `::`."""
+    batch_size: int = 512
+    """Pairs per process and step."""
+    num_workers: int = 2
+    """Decoding processes; 0 decodes in the training process. Needs at least as many shards."""
+    shuffle_buffer: int = 2000
+    """Samples shuffled together; 0 keeps the order of the shards."""
+    crop_scale: tuple[float, float] = (0.9, 1.0)
+    """Area share of RandomResizedCrop (EVA-CLIP's); (1, 1) crops the centre instead."""
+    caption_field: str = "txt"
+    """Member that holds the caption."""
+    caption_weights: dict[str, float] = field(default_factory=dict)
+    """Draw the caption from these json fields with these probabilities instead, e.g. `{"captions.short": 0.5}`."""
+    max_skip_share: float = 0.05
+    """Stop when a larger share of the samples cannot be used."""
+    limits: ImageLimits = field(default_factory=ImageLimits)
+    """Pictures beyond these are skipped from their header."""
+
+
+@dataclass(kw_only=True, slots=True)
+class CaptionedImages:
+    """Makes samples and batches. Picklable, so that worker processes can have it."""
+
+    image_size: int
+    """S in pixels."""
+    tokenize: Tokenize | None
+    """The text side of the processor; None leaves texts as strings."""
+    crop_scale: tuple[float, float] | None
+    """Random crops for training; None resizes and crops the centre."""
+
+    def decode(self, image: Image.Image, caption: str, sample: RawSample, random: Random) -> dict[str, Any]:
+        """One picture and caption -> `pixel_values` (3, S, S), `caption`, `record` (the json member or {})."""
+        if self.crop_scale is None:
+            pixel_values = resize_and_crop(image, size=self.image_size)
+        else:
+            pixel_values = random_resized_crop(image, size=self.image_size, scale=self.crop_scale, random=random)
+        record = json.loads(sample.fields["json"]) if self.crop_scale is None and "json" in sample.fields else {}
+        return {"pixel_values": pixel_values, "caption": caption, "record": record}
+
+    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Samples -> a batch of the engine's contract, with `record` and `caption` lists for evaluators."""
+        captions = [sample["caption"] for sample in samples]
+        return {
+            "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
+            **(self.tokenize(captions) if self.tokenize is not None else {}),
+            "key": [sample["key"] for sample in samples],
+            "sample_index": torch.arange(len(samples)),
+            "caption": captions,
+            "record": [sample["record"] for sample in samples],
+        }
+
+
+def shard_config(config: DataConfig, *, seed: int) -> ShardConfig:
+    """The reader's part of a data config."""
+    return ShardConfig(
+        shards=config.train,
+        shuffle_buffer=config.shuffle_buffer,
+        seed=seed,
+        caption_field=config.caption_field,
+        caption_weights=config.caption_weights,
+        max_skip_share=config.max_skip_share,
+        limits=config.limits,
+    )
+
+
+def training_loader(
+    config: DataConfig, *, image_size: int, tokenize: Tokenize, seed: int, ledger: Path
+) -> StatefulDataLoader:
+    """Endless batches whose order is a pure function of the seed and whose position can be saved.
+
+    Raises `UserError` before the first batch for missing shards or fewer shards than workers.
+    """
+    check_shard_split(len(expand_shards(config.train)), num_ranks=1, num_workers=config.num_workers)
+    crop_scale = None if config.crop_scale == (1.0, 1.0) else config.crop_scale
+    samples = CaptionedImages(image_size=image_size, tokenize=tokenize, crop_scale=crop_scale)
+    dataset = ShardDataset(
+        shard_config(config, seed=seed), decode=samples.decode, repeat=True, rank=0, num_ranks=1, ledger=ledger
+    )
+    return StatefulDataLoader(
+        dataset,
+        batch_size=config.batch_size,
+        num_workers=config.num_workers,
+        collate_fn=samples.collate,
+        drop_last=True,
+    )
+
+
+def evaluation_loader(
+    shards: str, *, image_size: int, tokenize: Tokenize | None, batch_size: int, max_skip_share: float
+) -> StatefulDataLoader:
+    """Every sample once, in order, resized and cropped in the centre."""
+    samples = CaptionedImages(image_size=image_size, tokenize=tokenize, crop_scale=None)
+    reading = ShardConfig(shards=shards, shuffle_buffer=0, max_skip_share=max_skip_share)
+    dataset = ShardDataset(reading, decode=samples.decode, repeat=False, rank=0, num_ranks=1, ledger=None)
+    return StatefulDataLoader(dataset, batch_size=batch_size, num_workers=0, collate_fn=samples.collate)

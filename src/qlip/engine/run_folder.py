@@ -1,0 +1,69 @@
+"""The run folder: made and checked before training starts, so that no hour is lost to a full disk.
+
+runs/<name>/  config.json  metrics.jsonl  checkpoints/  export/  samples/  tensorboard/  skipped.jsonl
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from qlip.core.config import differences
+from qlip.core.errors import UserError
+
+VERSIONS = ("qlip", "torch", "torchvision", "transformers", "pillow", "timm")
+
+
+def prepare_run_folder(folder: Path, config: dict[str, Any], *, bytes_needed: int, accept_changes: bool) -> None:
+    """Make the folder and write config.json, or check that a resumed run still has the same config.
+
+    Raises `UserError` before anything is trained: no permission, no space, or a changed config without
+    `accept_changes` (each difference is named).
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write_test"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --out") from None
+    free = shutil.disk_usage(folder).free
+    if free < bytes_needed:
+        raise UserError(
+            f"{folder} has {free / 1e9:.2f} GB free, the run needs about {bytes_needed / 1e9:.2f} GB "
+            "(checkpoints and export); free space or choose another --out"
+        )
+    path = folder / "config.json"
+    if path.exists():
+        changed = differences(json.loads(path.read_text())["config"], config)
+        if changed and not accept_changes:
+            shown = "; ".join(changed[:5]) + (f"; and {len(changed) - 5} more" if len(changed) > 5 else "")
+            raise UserError(
+                f"{folder} was started with another config: {shown}; "
+                "add --accept-changes to go on with the new one, or choose another --out"
+            )
+    content = {"config": config, "git_commit": git_commit(), "versions": versions()}
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1))
+    temporary.replace(path)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that can change a number."""
+    return {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}}
+
+
+def git_commit() -> str | None:
+    """The commit of the source this runs from, or None outside a checkout."""
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

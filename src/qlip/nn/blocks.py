@@ -1,0 +1,86 @@
+"""The pre-norm transformer block of all three towers: EVA-02's (sub-LN, SwiGLU, rotary) and CLIP's text block.
+
+Shapes: `b` images, `n` tokens, `d` width, `I` feed-forward width. QLIP's towers: PAPER section 2.2 of this project's
+specification, after EVA-02 (arXiv 2303.11331) and Magneto's sub-LN (arXiv 2210.06423).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from qlip.nn.attention import Attention, Rotary
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
+
+
+class SwiGLU(nn.Module):
+    """``W_3 LN(SiLU(W_1 x) * W_2 x)``; the LayerNorm only with `norm_eps`."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, *, norm_eps: float | None) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(hidden_size, intermediate_size)
+        self.w2 = nn.Linear(hidden_size, intermediate_size)
+        self.ffn_ln = nn.Identity() if norm_eps is None else nn.LayerNorm(intermediate_size, eps=norm_eps)
+        self.w3 = nn.Linear(intermediate_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, n, d) -> (b, n, d)."""
+        return self.w3(self.ffn_ln(F.silu(self.w1(x)) * self.w2(x)))
+
+
+class Mlp(nn.Module):
+    """``fc2(LN(act(fc1 x)))``; the LayerNorm only with `norm_eps`."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, *, norm_eps: float | None, hidden_act: str) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[hidden_act]
+        self.fc1 = nn.Linear(hidden_size, intermediate_size)
+        self.ffn_ln = nn.Identity() if norm_eps is None else nn.LayerNorm(intermediate_size, eps=norm_eps)
+        self.fc2 = nn.Linear(intermediate_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, n, d) -> (b, n, d)."""
+        return self.fc2(self.ffn_ln(self.activation(self.fc1(x))))
+
+
+class Block(nn.Module):
+    """Pre-norm block: ``x += attention(LN1 x)``, ``x += mlp(LN2 x)``."""
+
+    def __init__(self, attention: Attention, mlp: SwiGLU | Mlp, *, hidden_size: int, norm_eps: float) -> None:
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(hidden_size, eps=norm_eps)
+        self.self_attn = attention
+        self.layer_norm2 = nn.LayerNorm(hidden_size, eps=norm_eps)
+        self.mlp = mlp
+
+    def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
+        """(b, n, d) -> (b, n, d)."""
+        x = x + self.self_attn(self.layer_norm1(x), rotary)
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class BlockStack(nn.Module):
+    """Blocks applied in order, optionally keeping every state or trading memory for a second forward."""
+
+    def __init__(self, blocks: list[Block]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(blocks)
+        self.activation_checkpointing = False
+
+    def forward(
+        self, x: Tensor, rotary: Rotary | None = None, *, keep_states: bool = False
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """(b, n, d) -> last state and, if asked, all L + 1 states starting with the input."""
+        states = [x]
+        for block in self.layers:
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(block, x, rotary, use_reentrant=False)
+            else:
+                x = block(x, rotary)
+            if keep_states:
+                states.append(x)
+        return x, tuple(states) if keep_states else None

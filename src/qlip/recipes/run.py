@@ -1,0 +1,214 @@
+"""What a recipe returns, and how it becomes a run: model, task, data, trainer, evaluations, export."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from qlip.core.config import from_json, to_json
+from qlip.core.errors import UserError
+from qlip.core.log import console
+from qlip.data.batches import DataConfig, training_loader
+from qlip.engine.checkpoint import checkpoint_folders, load_module
+from qlip.engine.interfaces import Evaluator, Task
+from qlip.engine.parallel import refuse_several_processes
+from qlip.engine.run_folder import prepare_run_folder
+from qlip.engine.trainer import TrainerConfig, train
+from qlip.models.qlip.configuration import QLIPConfig, QLIPDecoderConfig, QLIPTextConfig, QLIPVisionConfig
+from qlip.models.qlip.loading import load_model, load_processor, save_model
+from qlip.models.qlip.modeling import QLIPModel
+from qlip.models.qlip.processing import QLIPProcessor, text_tokenizer
+from qlip.tasks.align import AlignConfig, AlignTask
+from qlip.tasks.reconstruct import ReconstructConfig, ReconstructTask
+
+
+@dataclass(kw_only=True, slots=True)
+class TowerSize:
+    """Size of one transformer."""
+
+    hidden_size: int = 768
+    """Width d."""
+    num_layers: int = 12
+    """Blocks L."""
+    num_heads: int = 12
+    """Attention heads; the released models have width / heads = 64."""
+    intermediate_size: int = 2048
+    """Feed-forward width I."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """Size of a QLIP; defaults are B-16-256. Stage 2 takes its model from stage 1 and ignores this part."""
+
+    image_size: int = 256
+    """Side of the square pictures in pixels."""
+    patch_size: int = 16
+    """Side of a patch, one token each."""
+    num_bits: int = 28
+    """Bits per token."""
+    group_size: int = 1
+    """Bits whose joint entropy the codebook term sees."""
+    encoder: TowerSize = field(default_factory=TowerSize)
+    """Vision encoder."""
+    decoder: TowerSize = field(default_factory=TowerSize)
+    """Visual decoder."""
+    text: TowerSize = field(
+        default_factory=lambda: TowerSize(hidden_size=512, num_layers=12, num_heads=8, intermediate_size=2048)
+    )
+    """Text tower."""
+    context_length: int = 77
+    """Longest text in tokens; longer ones are cut."""
+    projection_dim: int = 512
+    """Width of the shared embedding."""
+    initializer_range: float = 0.02
+    """Standard deviation of fresh weights; narrow towers learn faster from about 1/sqrt(width)."""
+
+    def build_config(self) -> QLIPConfig:
+        """The transformers config of this size."""
+        grid = {"image_size": self.image_size, "patch_size": self.patch_size}
+        text = QLIPTextConfig(max_position_embeddings=self.context_length, **_tower(self.text))
+        vision = QLIPVisionConfig(
+            num_bits=self.num_bits,
+            quantizer_group_size=self.group_size,
+            hidden_size_post_q=self.decoder.hidden_size,
+            initializer_range=self.initializer_range,
+            **grid,
+            **_tower(self.encoder),
+        )
+        decoder = QLIPDecoderConfig(initializer_range=self.initializer_range, **grid, **_tower(self.decoder))
+        text.initializer_range = self.initializer_range
+        return QLIPConfig(
+            text_config=text,
+            vision_config=vision,
+            decoder_config=decoder,
+            projection_dim=self.projection_dim,
+            initializer_range=self.initializer_range,
+        )
+
+
+def _tower(size: TowerSize) -> dict[str, int]:
+    return {
+        "hidden_size": size.hidden_size,
+        "num_hidden_layers": size.num_layers,
+        "num_attention_heads": size.num_heads,
+        "intermediate_size": size.intermediate_size,
+    }
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """Everything that decides a run."""
+
+    recipe: str
+    """Name of the recipe this came from."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Sizes of a fresh model."""
+    task: AlignConfig | ReconstructConfig = field(default_factory=AlignConfig)
+    """Stage 1 or stage 2, with weights and rates."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What to train on."""
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    """How long and how often."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainOptions:
+    """What `qlip train RECIPE` takes: the recipe's fields and where to run."""
+
+    run: Annotated[RunConfig, tyro.conf.arg(name="")]
+    """The recipe."""
+    out: Path
+    """Run folder; starting again in it resumes."""
+    accept_changes: bool = False
+    """Resume although the config differs from the one the run was started with."""
+
+
+def run_recipe(
+    config: RunConfig, *, folder: Path, accept_changes: bool = False, evaluators: dict[str, Evaluator] | None = None
+) -> Path:
+    """Train what the config describes in `folder`, or resume, and return the export folder.
+
+    Raises `UserError` before training for missing data, a folder that cannot be written or holds another config.
+    """
+    refuse_several_processes()
+    if not config.data.train:
+        raise UserError(
+            "no training data: add --data.train 'PATH/{00000..00009}.tar' (img2dataset shards), "
+            "or make some with `qlip data scenes PATH --num 20000`"
+        )
+    export_folder = folder / "export"
+    torch.manual_seed(config.trainer.seed)
+    model, processor = _model_and_processor(config)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    checkpoint_bytes = 3 * 4 * weights  # weights and two Adam moments in float32
+    prepare_run_folder(
+        folder,
+        to_json(config),
+        bytes_needed=checkpoint_bytes * (config.trainer.keep_checkpoints + 1) + 4 * weights,
+        accept_changes=accept_changes,
+    )
+    if is_finished(folder, config):
+        console.print(f"{folder} is finished ({config.trainer.steps} steps); its model is {export_folder}")
+        return export_folder
+    task: Task
+    if isinstance(config.task, AlignConfig):
+        task = AlignTask(model, config.task)
+    else:
+        task = ReconstructTask(model, config.task)
+    loader = training_loader(
+        config.data,
+        image_size=model.config.vision_config.image_size,
+        tokenize=text_tokenizer(processor.tokenizer),
+        seed=config.trainer.seed,
+        ledger=folder / "skipped.jsonl",
+    )
+    train(
+        task,
+        loader,
+        config.trainer,
+        folder=folder,
+        title=config.recipe,
+        batch_size=config.data.batch_size,
+        evaluators=evaluators or {},
+        export=partial(save_model, folder=export_folder, processor=processor, step=config.trainer.steps),
+    )
+    return export_folder
+
+
+def is_finished(folder: Path, config: RunConfig) -> bool:
+    """Whether the run in `folder` has been trained to its last step and exported."""
+    marker = folder / "export" / "trained_steps.txt"
+    return marker.exists() and int(marker.read_text()) == config.trainer.steps
+
+
+def _model_and_processor(config: RunConfig) -> tuple[QLIPModel, QLIPProcessor]:
+    if isinstance(config.task, AlignConfig):
+        model = QLIPModel(config.model.build_config())
+        return model, QLIPProcessor.for_size(config.model.image_size, context_length=config.model.context_length)
+    if not config.task.init:
+        raise UserError("stage 2 starts from a stage-1 model: add --task.init RUN/export")
+    return load_model(config.task.init), load_processor(config.task.init)
+
+
+def export_run(run: Path, out: Path, *, step: int | None) -> None:
+    """Write a checkpoint of a run (the newest, or that of `step`) as a model folder.
+
+    Raises `UserError` for a folder without config or checkpoint.
+    """
+    if not (run / "config.json").is_file():
+        raise UserError(f"{run} is not a run folder (no config.json); give the folder that `qlip train` wrote")
+    found = {int(path.name.removeprefix("step_")): path for path in checkpoint_folders(run)}
+    if not found or (step is not None and step not in found):
+        raise UserError(f"{run} has no checkpoint {'' if step is None else step}; it has {sorted(found) or 'none'}")
+    step = max(found) if step is None else step
+    config = from_json(RunConfig, json.loads((run / "config.json").read_text())["config"])
+    model, processor = _model_and_processor(config)
+    load_module(found[step], "model", model, averaged=bool(config.trainer.ema_decay))
+    save_model(model, folder=out, processor=processor, step=step)
+    console.print(f"wrote step {step} of {run} to {out}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -194,9 +195,12 @@ examples:
 """
 
 
-def _help() -> str:
+def _help(group: str = "") -> str:
+    """All commands, or those of a group such as `data`."""
     lines = ["usage: qlip COMMAND ...", "", "A visual tokenizer aligned with text: train, tokenize, evaluate.", ""]
     for name, function in COMMANDS.items():
+        if not name.startswith(group):
+            continue
         summary = SUMMARIES.get(name) or (function.__doc__ or "").strip().splitlines()[0]
         lines.append(f"  {name:<14}{summary}")
     lines += ["", "`qlip COMMAND --help` says more. Start with `qlip demo`."]
@@ -230,6 +234,9 @@ def dispatch(arguments: list[str]) -> None:
     name = " ".join(arguments[:words])
     if name not in COMMANDS:
         if any(command.startswith(f"{name} ") for command in COMMANDS):  # `qlip data`, `qlip data foo`
+            if arguments[1:2] in ([], ["-h"], ["--help"]):
+                print(_help(f"{name} "))
+                return
             name = " ".join(arguments[:2])
         raise UserError(f"command {name!r} is unknown: {nearest_name(name, COMMANDS)}")
     if name == "train":
@@ -238,12 +245,18 @@ def dispatch(arguments: list[str]) -> None:
         parse_arguments(COMMANDS[name], arguments[words:], prog=f"qlip {name}")()
 
 
+def _last_line(error: UserError) -> str:
+    """The message without the traceback that torch puts before it when it comes from a data worker."""
+    line = next((line for line in reversed(str(error).splitlines()) if line.strip()), "")
+    return re.sub(r"^qlip[\w.]*Error: ", "", line.strip())
+
+
 def main() -> None:
     """Entry point: exit code 0, 2 with one line for a mistake that the user can mend, 130 after Ctrl-C."""
     try:
         dispatch(sys.argv[1:])
     except UserError as error:
-        print(f"qlip: {error}", file=sys.stderr)
+        print(f"qlip: {_last_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("qlip: stopped; start the same command again to go on from the last checkpoint", file=sys.stderr)

@@ -249,12 +249,17 @@ def test_captions_drawn_from_json(tmp_path):
         (b"[]", "broken json"),
         (b"[" * 9999, "broken json"),
         (b"{}", "missing caption"),
-        (None, "missing json"),
+        (None, "missing caption"),
     ],
 )
 def test_json_without_a_caption(tmp_path, record, reason):
     members = [("a.jpg", encoded(picture(), "JPEG")), *([("a.json", record)] if record is not None else [])]
     assert caption_or_reason(tmp_path, members, caption_weights={"captions.short": 1.0})[1] == {reason: 1}
+
+
+def test_plain_caption_where_the_json_names_none(tmp_path):
+    members = [("a.jpg", encoded(picture(), "JPEG")), ("a.json", b'{"other": "x"}'), ("a.txt", b"a plain caption")]
+    assert caption_or_reason(tmp_path, members, caption_weights={"captions.short": 1.0})[0] == "a plain caption"
 
 
 def test_half_a_surrogate_in_json_does_not_reach_the_tokenizer(tmp_path):

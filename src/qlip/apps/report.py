@@ -191,7 +191,7 @@ def zero_shot_plots(stages: list[Stage]) -> list[dict[str, Any]]:
         if alike:
             alike[0]["title"] += f" and {stage.title}, which are alike to the last digit"
             continue
-        names = [name for name in ACCURACIES if name in figures]
+        names = [name for name in ACCURACIES if figures.get(name) is not None]
         entry: dict[str, Any] = {"title": stage.title, "content": content, "confusions": {}}
         entry["accuracies"] = accuracy_bars(
             [ACCURACIES[name] for name in names],

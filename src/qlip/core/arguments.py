@@ -46,8 +46,8 @@ def _deferred(target: Any) -> Any:
 
 def _one_line(message: str, target: Any, *, prog: str, **kwargs: Any) -> str:
     """The gist of tyro's error box."""
-    lines = [line.strip("│╭╰─╮╯ ") for line in re.sub(r"\x1b\[[0-9;]*m", "", message).splitlines()]
-    text = " ".join(line for line in lines if line)
+    lines = [line.strip("│╭╰─╮╯| ") for line in re.sub(r"\x1b\[[0-9;]*m", "", message).splitlines()]
+    text = " ".join(line for line in lines[1:] if line.strip("+-"))  # without the box: its title, rules and end
     help_hint = f"(see `{prog} --help`)"
     if "Unrecognized options" in text:
         rest = re.split(r"Perhaps you meant|For full helptext", text.split("Unrecognized options", 1)[1])[0]
@@ -60,5 +60,4 @@ def _one_line(message: str, target: Any, *, prog: str, **kwargs: Any) -> str:
         missing = re.sub(r"\s+", " ", text.split(":", 1)[1].split("For full helptext")[0])
         return f"missing {missing.strip()[:120]} {help_hint}"
     gist = re.split(r"Argument helptext|For full helptext", text)[0]
-    gist = re.sub(r"^(Value error|Parsing error|Invalid choice)\s*", "", gist)
     return f"{gist.strip()[:240]} {help_hint}"

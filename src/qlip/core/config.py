@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, TypeVar
 
 import pydantic
@@ -19,19 +18,22 @@ def to_json(config: Any) -> dict[str, Any]:
 
 def from_json(cls: type[T], values: dict[str, Any]) -> T:
     """The dataclass of plain JSON values. Raises `UserError` naming the first unknown or mistyped field."""
-    _refuse_unknown_fields(cls, values, path="")
     try:
-        return pydantic.TypeAdapter(cls).validate_python(values)
+        config = pydantic.TypeAdapter(cls).validate_python(values)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"config field {'.'.join(map(str, first['loc']))}: {first['msg']}; mend config.json") from None
+    _refuse_unknown_fields(values, to_json(config), path="")
+    return config
 
 
-def _refuse_unknown_fields(cls: Any, values: dict[str, Any], *, path: str) -> None:
-    fields = {f.name: f.type for f in dataclasses.fields(cls)}
-    for name in values:
-        if name not in fields:
+def _refuse_unknown_fields(values: dict[str, Any], known: dict[str, Any], *, path: str) -> None:
+    """Pydantic drops unknown fields of dataclasses silently, at every depth."""
+    for name, value in values.items():
+        if name not in known:
             raise UserError(f"config field {path}{name} is unknown: written by another version of qlip?")
+        if isinstance(value, dict) and isinstance(known[name], dict):
+            _refuse_unknown_fields(value, known[name], path=f"{path}{name}.")
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], *, path: str = "") -> list[str]:

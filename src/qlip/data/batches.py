@@ -5,7 +5,7 @@ Shapes: `b` samples, `S` side of the square pictures, `t` text tokens, padded to
 
 from __future__ import annotations
 
-import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +18,10 @@ from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from qlip.data.images import ImageLimits
-from qlip.data.shards import ShardConfig, ShardDataset, check_shard_split, expand_shards
-from qlip.data.tar_reader import RawSample
+from qlip.data.sample_parts import ShardConfig, captions_of
+from qlip.data.shard_list import expand_shards
+from qlip.data.shards import ShardDataset, check_shard_split, seeded_random
+from qlip.data.tar_reader import RawSample, json_record
 from qlip.data.transforms import random_resized_crop, resize_and_crop
 
 Tokenize = Callable[[list[str]], dict[str, Tensor]]
@@ -43,7 +45,9 @@ class DataConfig:
     caption_field: str = "txt"
     """Member that holds the caption."""
     caption_weights: dict[str, float] = field(default_factory=dict)
-    """Draw the caption from these json fields with these probabilities instead, e.g. `{"captions.short": 0.5}`."""
+    """Draw the caption from these json fields instead, by weight; samples without them have `caption_field`."""
+    caption_per_batch: bool = False
+    """Draw the json field once per batch: its captions then differ in the same attributes, a sharper contrast."""
     max_skip_share: float = 0.05
     """Stop when a larger share of the samples cannot be used."""
     limits: ImageLimits = field(default_factory=ImageLimits)
@@ -60,6 +64,12 @@ class CaptionedImages:
     """The text side of the processor; None leaves texts as strings."""
     crop_scale: tuple[float, float] | None
     """Random crops for training; None resizes and crops the centre."""
+    reading: ShardConfig
+    """How captions are found."""
+    caption_per_batch: bool = False
+    """Draw the caption field once per batch instead of once per sample."""
+    with_records: bool = False
+    """Hand the json member through as `record`, for evaluators."""
 
     def decode(self, image: Image.Image, caption: str, sample: RawSample, random: Random) -> dict[str, Any]:
         """One picture and caption -> `pixel_values` (3, S, S), `caption`, `record` (the json member or {})."""
@@ -67,12 +77,13 @@ class CaptionedImages:
             pixel_values = resize_and_crop(image, size=self.image_size)
         else:
             pixel_values = random_resized_crop(image, size=self.image_size, scale=self.crop_scale, random=random)
-        record = json.loads(sample.fields["json"]) if self.crop_scale is None and "json" in sample.fields else {}
-        return {"pixel_values": pixel_values, "caption": caption, "record": record}
+        captions = captions_of(sample, config=self.reading) if self.caption_per_batch else {}
+        record = json_record(sample) if self.with_records and "json" in sample.fields else {}
+        return {"pixel_values": pixel_values, "caption": caption, "captions": captions, "record": record}
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """Samples -> a batch of the engine's contract, with `record` and `caption` lists for evaluators."""
-        captions = [sample["caption"] for sample in samples]
+        captions = self._captions(samples)
         return {
             "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
             **(self.tokenize(captions) if self.tokenize is not None else {}),
@@ -81,6 +92,15 @@ class CaptionedImages:
             "caption": captions,
             "record": [sample["record"] for sample in samples],
         }
+
+    def _captions(self, samples: list[dict[str, Any]]) -> list[str]:
+        """One caption per sample; with `caption_per_batch` all from one field, drawn by a hash of the batch's keys."""
+        shared = [name for name in self.reading.caption_weights if all(name in s["captions"] for s in samples)]
+        if not shared:
+            return [sample["caption"] for sample in samples]
+        random = seeded_random(self.reading.seed, *(sample["key"] for sample in samples))
+        name = random.choices(shared, [self.reading.caption_weights[name] for name in shared])[0]
+        return [sample["captions"][name] for sample in samples]
 
 
 def shard_config(config: DataConfig, *, seed: int) -> ShardConfig:
@@ -105,24 +125,39 @@ def training_loader(
     """
     check_shard_split(len(expand_shards(config.train)), num_ranks=1, num_workers=config.num_workers)
     crop_scale = None if config.crop_scale == (1.0, 1.0) else config.crop_scale
-    samples = CaptionedImages(image_size=image_size, tokenize=tokenize, crop_scale=crop_scale)
-    dataset = ShardDataset(
-        shard_config(config, seed=seed), decode=samples.decode, repeat=True, rank=0, num_ranks=1, ledger=ledger
+    reading = shard_config(config, seed=seed)
+    samples = CaptionedImages(
+        image_size=image_size,
+        tokenize=tokenize,
+        crop_scale=crop_scale,
+        reading=reading,
+        caption_per_batch=config.caption_per_batch,
     )
-    return StatefulDataLoader(
-        dataset,
-        batch_size=config.batch_size,
-        num_workers=config.num_workers,
-        collate_fn=samples.collate,
-        drop_last=True,
-    )
+    dataset = ShardDataset(reading, decode=samples.decode, repeat=True, rank=0, num_ranks=1, ledger=ledger)
+    return _loader(dataset, samples, batch_size=config.batch_size, num_workers=config.num_workers, drop_last=True)
 
 
 def evaluation_loader(
     shards: str, *, image_size: int, tokenize: Tokenize | None, batch_size: int, max_skip_share: float
 ) -> StatefulDataLoader:
     """Every sample once, in order, resized and cropped in the centre."""
-    samples = CaptionedImages(image_size=image_size, tokenize=tokenize, crop_scale=None)
     reading = ShardConfig(shards=shards, shuffle_buffer=0, max_skip_share=max_skip_share)
+    samples = CaptionedImages(
+        image_size=image_size, tokenize=tokenize, crop_scale=None, reading=reading, with_records=True
+    )
     dataset = ShardDataset(reading, decode=samples.decode, repeat=False, rank=0, num_ranks=1, ledger=None)
-    return StatefulDataLoader(dataset, batch_size=batch_size, num_workers=0, collate_fn=samples.collate)
+    return _loader(dataset, samples, batch_size=batch_size, num_workers=0, drop_last=False)
+
+
+def _loader(
+    dataset: ShardDataset, samples: CaptionedImages, *, batch_size: int, num_workers: int, drop_last: bool
+) -> StatefulDataLoader:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*set_vital")  # torchdata calls what torch 2.15 deprecates
+        return StatefulDataLoader(
+            dataset,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            collate_fn=samples.collate,
+            drop_last=drop_last,
+        )

@@ -27,7 +27,8 @@ class ShardConfig:
     caption_field: str = "txt"
     """The field that holds the caption as UTF-8 text."""
     caption_weights: dict[str, float] = field(default_factory=dict)
-    """Draw the caption from these fields of the json instead, by weight; dots reach inside: `captions.dense`."""
+    """Draw the caption from these fields of the json instead, by weight; dots reach inside: `captions.dense`.
+    A sample without any of them falls back to `caption_field`."""
     max_caption_chars: int = 5000
     """Longer captions are cut."""
     max_skip_share: float = 0.05
@@ -49,13 +50,21 @@ def caption_of(sample: RawSample, *, config: ShardConfig, random: Random) -> str
 
     With `caption_weights` it is drawn among those json fields the sample has. Raises `SampleRejected`.
     """
-    if config.caption_weights:
+    captions = captions_of(sample, config=config)
+    return random.choices(list(captions.values()), [config.caption_weights.get(name, 1.0) for name in captions])[0]
+
+
+def captions_of(sample: RawSample, *, config: ShardConfig) -> dict[str, str]:
+    """Every usable caption by its name in `caption_weights`; a sample without any of them has its `caption_field`.
+
+    So a recipe that names json fields also trains on shards that carry plain captions. Raises `SampleRejected`.
+    """
+    if config.caption_weights and "json" in sample.fields:
         record = json_record(sample)
         texts = {name: _clean(_inside(record, name), config) for name in config.caption_weights}
-        weights = [weight if texts[name] else 0.0 for name, weight in config.caption_weights.items()]
-        if not sum(weights):
-            raise SampleRejected("missing caption")
-        return random.choices(list(texts.values()), weights)[0]
+        usable = {name: text for name, text in texts.items() if text and config.caption_weights[name] > 0}
+        if usable:
+            return usable
     if config.caption_field not in sample.fields:
         raise SampleRejected("missing caption")
     try:
@@ -64,7 +73,7 @@ def caption_of(sample: RawSample, *, config: ShardConfig, random: Random) -> str
         raise SampleRejected("undecodable caption: not UTF-8") from None
     if not caption:
         raise SampleRejected("empty caption")
-    return caption
+    return {config.caption_field: caption}
 
 
 def _clean(text: str, config: ShardConfig) -> str:

@@ -44,6 +44,12 @@ def _listing(phrases: list[str]) -> str:
     return phrases[0] if len(phrases) == 1 else ", ".join(phrases[:-1]) + " and " + phrases[-1]
 
 
+def shape_caption(record: dict, random: Random) -> str:
+    """The shapes alone, in order: `a star`, `a picture of a ring and a cross`."""
+    shapes = _listing([with_article(obj["shape"]) for obj in record["objects"]])
+    return random.choice([shapes, shapes, f"a picture of {shapes}"])
+
+
 def short_caption(record: dict, random: Random) -> str:
     """Alt-text: often the shape alone, sometimes the colour alone, sometimes both; several objects are listed."""
     objects = record["objects"]

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -52,17 +53,18 @@ def save_checkpoint(
     final = run_folder / "checkpoints" / f"step_{step:08d}"
     temporary = final.with_suffix(".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     state = _tensors(modules, averages, optimizers)
     state["rng"] = torch.get_rng_state()
     try:
+        temporary.mkdir(parents=True)
         with _quiet():
             dcp.save(state, checkpoint_id=temporary, no_dist=True)
         (temporary / "position.json").write_text(json.dumps({"step": step, "loader": loader_state}))
         temporary.rename(final)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, CheckpointException) as error:  # the last is no Exception, so name it
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"could not write {final}: {error}; free disk space and start again to resume") from error
+        reason = _first_cause(error)
+        raise UserError(f"could not write {final}: {reason}; free disk space and start again to resume") from error
     for old in checkpoint_folders(run_folder)[:-keep]:
         shutil.rmtree(old)
     return final
@@ -75,15 +77,28 @@ def load_checkpoint(
     averages: nn.ModuleDict,
     optimizers: dict[str, torch.optim.Optimizer],
 ) -> tuple[int, dict[str, Any]]:
-    """Fill modules, averages, optimizers and the RNG in place. Returns (step, loader state)."""
+    """Fill modules, averages, optimizers and the RNG in place. Returns (step, loader state).
+
+    Rates, decays and betas stay those of the present config, which may have changed since the checkpoint.
+    """
+    saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     state = _tensors(modules, averages, optimizers)
     state["rng"] = torch.get_rng_state()
+    settings: dict[str, dict[str, Any]] = {}
+    for name in optimizers:
+        flat = state[f"optimizer/{name}"]
+        keep = [key for key in flat if _is_setting(key) or f"optimizer/{name}.{key}" not in saved]
+        settings[name] = {key: flat.pop(key) for key in keep}
     with _quiet():
         dcp.load(state, checkpoint_id=folder, no_dist=True)
     modules.load_state_dict(state["modules"])
     averages.load_state_dict(state["averages"])
     for name, optimizer in optimizers.items():
-        set_optimizer_state_dict(modules, optimizer, state[f"optimizer/{name}"], options=FLAT)
+        flat = state[f"optimizer/{name}"] | settings[name]
+        set_optimizer_state_dict(modules, optimizer, flat, options=FLAT)
+        for parameter_name, parameter in modules.named_parameters():
+            if any(key.startswith(f"state.{parameter_name}.") for key in settings[name]):
+                del optimizer.state[parameter]  # had no gradient before the checkpoint, so it had no state either
     torch.set_rng_state(state["rng"])
     position = json.loads((folder / "position.json").read_text())
     return position["step"], position["loader"]
@@ -104,6 +119,18 @@ def _tensors(
     for name, optimizer in optimizers.items():
         state[f"optimizer/{name}"] = get_optimizer_state_dict(modules, optimizer, options=FLAT)
     return state
+
+
+def _is_setting(key: str) -> bool:
+    """Whether a flat optimizer key is a group's setting; LAMB alone keeps a step count in its groups."""
+    return key.startswith("param_groups.") and not key.endswith(".step")
+
+
+def _first_cause(error: BaseException) -> str:
+    """One line on why DCP failed."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 class _quiet(warnings.catch_warnings):  # noqa: N801 - a context manager

@@ -55,7 +55,7 @@ def build_optimizer(
     """The optimizer of one phase. Raises `UserError` for an unknown name."""
     groups = parameter_groups(named_parameters, config)
     if config.name == "adamw":
-        return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps)
+        return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True)
     if config.name == "lamb":
         from timm.optim import Lamb  # seconds to import; clips the global gradient norm to 1.0 by itself (NVIDIA LAMB)
 

@@ -15,15 +15,20 @@ from typing import Any
 
 from qlip.core.config import differences
 from qlip.core.errors import UserError
+from qlip.engine.checkpoint import checkpoint_folders
 
 VERSIONS = ("qlip", "torch", "torchvision", "transformers", "pillow", "timm")
 
 
-def prepare_run_folder(folder: Path, config: dict[str, Any], *, bytes_needed: int, accept_changes: bool) -> None:
+def prepare_run_folder(
+    folder: Path, config: dict[str, Any], *, changes: list[str], bytes_needed: int, accept_changes: bool
+) -> None:
     """Make the folder and write config.json, or check that a resumed run still has the same config.
 
-    Raises `UserError` before anything is trained: no permission, no space, or a changed config without
-    `accept_changes` (each difference is named).
+    `changes` are the lines in which the config differs from its recipe; they are only recorded.
+
+    Raises `UserError` before anything is trained: no permission, no space, or, once there is a checkpoint to resume,
+    a changed config without `accept_changes` (each difference is named).
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -39,7 +44,7 @@ def prepare_run_folder(folder: Path, config: dict[str, Any], *, bytes_needed: in
             "(checkpoints and export); free space or choose another --out"
         )
     path = folder / "config.json"
-    if path.exists():
+    if path.exists() and checkpoint_folders(folder):
         changed = differences(json.loads(path.read_text())["config"], config)
         if changed and not accept_changes:
             shown = "; ".join(changed[:5]) + (f"; and {len(changed) - 5} more" if len(changed) > 5 else "")
@@ -47,7 +52,7 @@ def prepare_run_folder(folder: Path, config: dict[str, Any], *, bytes_needed: in
                 f"{folder} was started with another config: {shown}; "
                 "add --accept-changes to go on with the new one, or choose another --out"
             )
-    content = {"config": config, "git_commit": git_commit(), "versions": versions()}
+    content = {"config": config, "changes_from_recipe": changes, "git_commit": git_commit(), "versions": versions()}
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=1))
     temporary.replace(path)

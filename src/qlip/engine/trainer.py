@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -39,7 +39,7 @@ class TrainerConfig:
     steps: int = 120_000
     """Optimizer steps in all."""
     log_every: int = 50
-    """Steps between lines of metrics.jsonl; figures are means over them."""
+    """Steps between lines of metrics.jsonl; figures are means over them. A checkpoint ends a line early."""
     save_every: int = 1000
     """Steps between checkpoints; one is always written at the end."""
     keep_checkpoints: int = 2
@@ -142,6 +142,11 @@ class Trainer:
         return terms | {"loss": loss.detach(), "grad_norm": grad_norm, "lr_factor": torch.tensor(factor)}
 
 
+def unmoved_random_state() -> AbstractContextManager[None]:
+    """What happens inside leaves PyTorch's CPU generator, which a checkpoint keeps, as it was."""
+    return torch.random.fork_rng(devices=[])
+
+
 @contextmanager
 def only_training(phase: Phase, modules: nn.ModuleDict) -> Iterator[None]:
     """Turn off gradients of every module the phase does not train, so that none is computed or kept for it."""
@@ -199,10 +204,13 @@ def _loop(
     window: list[dict[str, Tensor]] = []
     window_started = time.monotonic()
     with progress(title, config.steps, start=trainer.step, units_per_step=batch_size) as bar:
-        for batch in trainer.loader:
+        with unmoved_random_state():  # an iterator's start draws from it, on a resume once more than without
+            batches = iter(trainer.loader)
+        for batch in batches:
             window.append(trainer.train_step(batch))
             step = trainer.step
-            if step % config.log_every == 0 or step == config.steps:
+            saving = step % config.save_every == 0 or step == config.steps
+            if step % config.log_every == 0 or saving:  # no mean spans a checkpoint: resuming writes the same lines
                 figures = mean_figures(window)
                 seconds = time.monotonic() - window_started
                 figures["images_per_second"] = len(window) * batch_size / seconds
@@ -210,10 +218,10 @@ def _loop(
                 tracker.log(step, figures)
                 bar.update(step, summary(figures))
                 window, window_started = [], time.monotonic()
-            if step % config.save_every == 0 or step == config.steps:
-                trainer.save()
             if config.eval_every and step % config.eval_every == 0 and step < config.steps:
                 _evaluate(trainer.modules["model"], trainer, evaluators, metrics, tracker)
+            if saving:
+                trainer.save()  # after the evaluation: a run stopped in the middle of one does it again
             if step == config.steps:
                 return
 
@@ -235,7 +243,8 @@ def _evaluate(
 ) -> None:
     model.eval()
     for name, evaluator in evaluators.items():
-        figures = evaluator.run(model, trainer.device)
+        with unmoved_random_state():
+            figures = evaluator.run(model, trainer.device)
         metrics.log({"step": trainer.step, "eval": name, **figures, "card": evaluator.card()})
         tracker.log(trainer.step, {f"{name}/{key}": value for key, value in figures.items()})
     model.train()

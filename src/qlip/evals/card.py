@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torchdata.stateful_dataloader import StatefulDataLoader
 
+from qlip.data.shards import ShardDataset
 from qlip.engine.run_folder import git_commit, versions
 from qlip.models.qlip.fingerprint import encoder_fingerprint, model_fingerprint
 from qlip.models.qlip.modeling import QLIPModel
@@ -30,7 +32,7 @@ def model_card_fields(model: QLIPModel, *, device: torch.device) -> dict[str, An
     }
 
 
-def data_card_fields(source: str, *, keys: list[str], image_size: int, skipped: int = 0) -> dict[str, Any]:
+def data_card_fields(source: str, *, keys: list[str], image_size: int, skipped: int) -> dict[str, Any]:
     """What identifies the data and how pictures were prepared."""
     return {
         "data": Path(source).name,
@@ -41,6 +43,12 @@ def data_card_fields(source: str, *, keys: list[str], image_size: int, skipped: 
         "resize_filter": "bicubic (Pillow, antialiased), shortest edge",
         "crop": "centre",
     }
+
+
+def num_skipped(loader: StatefulDataLoader) -> int:
+    """Samples that an evaluation loader has met so far and could not use."""
+    assert isinstance(loader.dataset, ShardDataset)
+    return loader.dataset.ledger.skipped.total()
 
 
 def run_card_fields(*, seconds: float) -> dict[str, Any]:

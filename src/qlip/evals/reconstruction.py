@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from qlip.core import pixels
+from qlip.core.errors import UserError
 from qlip.core.log import progress
 from qlip.data.batches import evaluation_loader
-from qlip.evals.card import data_card_fields, model_card_fields, run_card_fields
+from qlip.evals.card import data_card_fields, model_card_fields, num_skipped, run_card_fields
 from qlip.losses.perceptual import EncoderDistance
 from qlip.metrics.frechet import FeatureStatistics, frechet_distance
 from qlip.metrics.image_quality import psnr, ssim
@@ -40,6 +41,12 @@ class EvalData:
     max_skip_share: float = 0.05
     """Stop when a larger share of the samples cannot be used."""
 
+    def __post_init__(self) -> None:
+        """Raises `UserError` for counts that measure nothing."""
+        for name in ("max_samples", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: give at least 1")
+
 
 @dataclass(kw_only=True, slots=True)
 class _Pictures:
@@ -49,6 +56,7 @@ class _Pictures:
     real: Tensor
     fake: Tensor
     bits: Tensor
+    skipped: int
 
 
 class ReconstructionEvaluator:
@@ -79,7 +87,9 @@ class ReconstructionEvaluator:
             "baseline": "the mean picture of the same samples",
             "rounding": "clamped to [0, 1], rounded to uint8",
             "feature_network": "this model's vision encoder (patch states for encoder distance, pooled CLS for fd)",
-            **data_card_fields(self.data.shards, keys=pictures.keys, image_size=vision.image_size),
+            **data_card_fields(
+                self.data.shards, keys=pictures.keys, image_size=vision.image_size, skipped=pictures.skipped
+            ),
             **model_card_fields(model, device=device),
             **run_card_fields(seconds=time.monotonic() - started),
         }
@@ -111,7 +121,10 @@ class ReconstructionEvaluator:
                 bar.update(len(keys))
                 if len(keys) >= self.data.max_samples:
                     break
-        return _Pictures(keys=keys, real=torch.cat(real), fake=torch.cat(fake), bits=torch.cat(bits))
+        if len(keys) < 2:
+            raise UserError(f"{self.data.shards}: {len(keys)} sample read; reconstruction is measured on at least 2")
+        skipped = num_skipped(loader)
+        return _Pictures(keys=keys, real=torch.cat(real), fake=torch.cat(fake), bits=torch.cat(bits), skipped=skipped)
 
     def _compare(self, model: QLIPModel, device: torch.device, real: Tensor, fake: Tensor) -> dict[str, float]:
         distance = EncoderDistance(model.vision_model.patch_states)

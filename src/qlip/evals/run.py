@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from qlip.engine.parallel import pick_device
 from qlip.evals.reconstruction import EvalData, ReconstructionEvaluator
 from qlip.evals.zero_shot import SceneZeroShotEvaluator
 from qlip.models.qlip.loading import load_model, load_processor
-from qlip.models.qlip.processing import text_tokenizer
+from qlip.models.qlip.processing import QLIPProcessor, text_tokenizer
 
 EVALUATIONS = ("reconstruction", "zero_shot")
 SUFFIX = "_baseline"
@@ -28,24 +29,28 @@ def run_evals(
 
     Raises `UserError` for an unknown evaluation, a folder that is no model, or data that is not there.
     """
-    for name in evals:
-        if name not in EVALUATIONS:
-            raise UserError(f"evaluation {name!r} is unknown: {nearest_name(name, EVALUATIONS)}")
-    network, processor = load_model(model), load_processor(model)
-    place = pick_device(device)
-    network.to(place)
+    processor = load_processor(model)
     source = EvalData(shards=data, max_samples=max_samples)
+    evaluators = {name: build_evaluator(name, source, processor) for name in evals}
+    place = pick_device(device)
+    network = load_model(model).to(place)
     results = []
-    for name in evals:
-        evaluator: ReconstructionEvaluator | SceneZeroShotEvaluator
-        if name == "reconstruction":
-            evaluator = ReconstructionEvaluator(source)
-        else:
-            evaluator = SceneZeroShotEvaluator(source, text_tokenizer(processor.tokenizer))
+    for name, evaluator in evaluators.items():
         figures = evaluator.run(network, place)
         card = {"model": str(model), "settings": to_json(source), **evaluator.card()}
         results.append({"eval": name, "figures": figures, "details": evaluator.details, "card": card})
     return results
+
+
+def build_evaluator(
+    name: str, source: EvalData, processor: QLIPProcessor
+) -> ReconstructionEvaluator | SceneZeroShotEvaluator:
+    """The evaluation of that name. Raises `UserError` naming the nearest one when there is none."""
+    if name == "reconstruction":
+        return ReconstructionEvaluator(source)
+    if name == "zero_shot":
+        return SceneZeroShotEvaluator(source, text_tokenizer(processor.tokenizer))
+    raise UserError(f"evaluation {name!r} is unknown: {nearest_name(name, EVALUATIONS)}")
 
 
 def print_results(results: list[dict[str, Any]]) -> None:
@@ -58,13 +63,24 @@ def print_results(results: list[dict[str, Any]]) -> None:
         table.add_column(card["baseline"], justify="right")
         for name, value in result["figures"].items():
             if not name.endswith(SUFFIX):
-                baseline = result["figures"].get(name + SUFFIX)
-                table.add_row(name, f"{value:.4f}", "" if baseline is None else f"{baseline:.4f}")
+                baseline = result["figures"].get(name + SUFFIX, "")
+                table.add_row(name, _shown(value), _shown(baseline))
         console.print(table)
 
 
+def _shown(value: float | str | None) -> str:
+    """Four digits; a dash for what could not be measured (NaN here, null in a file)."""
+    if isinstance(value, str):
+        return value
+    return "\N{EN DASH}" if value is None or math.isnan(value) else f"{value:.4f}"
+
+
 def write_results(path: Path, results: list[dict[str, Any]]) -> None:
-    """Write results as JSON; the file appears whole or not at all."""
+    """Write results as JSON, NaN and infinities as null; the file appears whole or not at all."""
+    results = [
+        {**result, "figures": {k: v if math.isfinite(v) else None for k, v in result["figures"].items()}}
+        for result in results
+    ]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from qlip.core.errors import UserError
 from qlip.core.log import progress
 from qlip.data.batches import Tokenize, evaluation_loader
 from qlip.data.scenes import COLOUR_NAMES, HELD_OUT_PAIRS, SHAPE_NAMES
-from qlip.evals.card import data_card_fields, model_card_fields, run_card_fields, sha256_of_names
+from qlip.evals.card import data_card_fields, model_card_fields, num_skipped, run_card_fields, sha256_of_names
 from qlip.evals.reconstruction import EvalData
 from qlip.models.qlip.modeling import QLIPModel, unit_norm
 
@@ -54,7 +55,14 @@ class SceneZeroShotEvaluator:
         """Shares in [0, 1]; `<figure>_baseline` is chance."""
         assert isinstance(model, QLIPModel)
         started = time.monotonic()
-        keys, image_embeds, names = self._embed(model, device)
+        loader = evaluation_loader(
+            self.data.shards,
+            image_size=model.config.vision_config.image_size,
+            tokenize=None,
+            batch_size=self.data.batch_size,
+            max_skip_share=self.data.max_skip_share,
+        )
+        keys, image_embeds, names = self._embed(loader, model, device)
         colour = torch.tensor([COLOUR_NAMES.index(c) for c, _ in names])
         shape = torch.tensor([SHAPE_NAMES.index(s) for _, s in names])
         unseen = torch.tensor([pair in HELD_OUT_PAIRS for pair in names])
@@ -94,7 +102,12 @@ class SceneZeroShotEvaluator:
             "templates": list(TEMPLATES),
             "colour_templates": list(COLOUR_TEMPLATES),
             "count_unseen_pairs": int(unseen.sum()),
-            **data_card_fields(self.data.shards, keys=keys, image_size=model.config.vision_config.image_size),
+            **data_card_fields(
+                self.data.shards,
+                keys=keys,
+                image_size=model.config.vision_config.image_size,
+                skipped=num_skipped(loader),
+            ),
             **model_card_fields(model, device=device),
             **run_card_fields(seconds=time.monotonic() - started),
         }
@@ -104,18 +117,13 @@ class SceneZeroShotEvaluator:
         """The protocol of the last run."""
         return self._card
 
-    def _embed(self, model: QLIPModel, device: torch.device) -> tuple[list[str], Tensor, list[tuple[str, str]]]:
+    def _embed(
+        self, loader: StatefulDataLoader, model: QLIPModel, device: torch.device
+    ) -> tuple[list[str], Tensor, list[tuple[str, str]]]:
         """Keys, image embeddings (n, e) and (colour, shape) of every scene with one object."""
         keys: list[str] = []
         names: list[tuple[str, str]] = []
         embeds = []
-        loader = evaluation_loader(
-            self.data.shards,
-            image_size=model.config.vision_config.image_size,
-            tokenize=None,
-            batch_size=self.data.batch_size,
-            max_skip_share=self.data.max_skip_share,
-        )
         with progress("zero-shot", self.data.max_samples) as bar:
             for batch in loader:
                 single = [i for i, record in enumerate(batch["record"]) if len(_objects(record)) == 1]

@@ -10,8 +10,9 @@ from typing import Annotated
 
 import torch
 import tyro
+from huggingface_hub.errors import StrictDataclassError
 
-from qlip.core.config import from_json, to_json
+from qlip.core.config import differences, from_json, to_json
 from qlip.core.errors import UserError
 from qlip.core.log import console
 from qlip.data.batches import DataConfig, training_loader
@@ -20,10 +21,13 @@ from qlip.engine.interfaces import Evaluator, Task
 from qlip.engine.parallel import refuse_several_processes
 from qlip.engine.run_folder import prepare_run_folder
 from qlip.engine.trainer import TrainerConfig, train
+from qlip.evals.reconstruction import EvalData
+from qlip.evals.run import EVALUATIONS, build_evaluator
 from qlip.models.qlip.configuration import QLIPConfig, QLIPDecoderConfig, QLIPTextConfig, QLIPVisionConfig
 from qlip.models.qlip.loading import load_model, load_processor, save_model
 from qlip.models.qlip.modeling import QLIPModel
 from qlip.models.qlip.processing import QLIPProcessor, text_tokenizer
+from qlip.recipes import find_recipe
 from qlip.tasks.align import AlignConfig, AlignTask
 from qlip.tasks.reconstruct import ReconstructConfig, ReconstructTask
 
@@ -102,6 +106,18 @@ def _tower(size: TowerSize) -> dict[str, int]:
 
 
 @dataclass(kw_only=True, slots=True)
+class EvalsConfig:
+    """What to measure during training and at its end; figures go to metrics.jsonl with their cards."""
+
+    data: str = ""
+    """Held-out shards; empty measures nothing (`qlip eval` measures any export later)."""
+    names: tuple[str, ...] = EVALUATIONS
+    """Evaluations to run."""
+    max_samples: int = 2000
+    """Score at most so many samples."""
+
+
+@dataclass(kw_only=True, slots=True)
 class RunConfig:
     """Everything that decides a run."""
 
@@ -115,6 +131,8 @@ class RunConfig:
     """What to train on."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     """How long and how often."""
+    evals: EvalsConfig = field(default_factory=EvalsConfig)
+    """What to measure, on which held-out data."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -129,19 +147,13 @@ class TrainOptions:
     """Resume although the config differs from the one the run was started with."""
 
 
-def run_recipe(
-    config: RunConfig, *, folder: Path, accept_changes: bool = False, evaluators: dict[str, Evaluator] | None = None
-) -> Path:
+def run_recipe(config: RunConfig, *, folder: Path, accept_changes: bool = False) -> Path:
     """Train what the config describes in `folder`, or resume, and return the export folder.
 
     Raises `UserError` before training for missing data, a folder that cannot be written or holds another config.
     """
     refuse_several_processes()
-    if not config.data.train:
-        raise UserError(
-            "no training data: add --data.train 'PATH/{00000..00009}.tar' (img2dataset shards), "
-            "or make some with `qlip data scenes PATH --num 20000`"
-        )
+    _refuse_impossible(config)
     export_folder = folder / "export"
     torch.manual_seed(config.trainer.seed)
     model, processor = _model_and_processor(config)
@@ -150,6 +162,7 @@ def run_recipe(
     prepare_run_folder(
         folder,
         to_json(config),
+        changes=differences(to_json(find_recipe(config.recipe)), to_json(config)),
         bytes_needed=checkpoint_bytes * (config.trainer.keep_checkpoints + 1) + 4 * weights,
         accept_changes=accept_changes,
     )
@@ -175,10 +188,25 @@ def run_recipe(
         folder=folder,
         title=config.recipe,
         batch_size=config.data.batch_size,
-        evaluators=evaluators or {},
+        evaluators=_evaluators(config, processor),
         export=partial(save_model, folder=export_folder, processor=processor, step=config.trainer.steps),
     )
     return export_folder
+
+
+def _refuse_impossible(config: RunConfig) -> None:
+    if not config.data.train:
+        raise UserError(
+            "no training data: add --data.train 'PATH/{00000..00009}.tar' (img2dataset shards), "
+            "or make some with `qlip data scenes PATH --num 20000`"
+        )
+    for name in ("steps", "log_every", "save_every", "keep_checkpoints"):
+        if getattr(config.trainer, name) < 1:
+            raise UserError(f"trainer.{name} is {getattr(config.trainer, name)}: give at least 1")
+    if config.data.batch_size < 1:
+        raise UserError(f"data.batch_size is {config.data.batch_size}: give at least 1")
+    if config.trainer.eval_every and not config.evals.data:
+        raise UserError("trainer.eval_every has nothing to measure: add --evals.data PATH, or set it to 0")
 
 
 def is_finished(folder: Path, config: RunConfig) -> bool:
@@ -187,9 +215,20 @@ def is_finished(folder: Path, config: RunConfig) -> bool:
     return marker.exists() and int(marker.read_text()) == config.trainer.steps
 
 
+def _evaluators(config: RunConfig, processor: QLIPProcessor) -> dict[str, Evaluator]:
+    if not config.evals.data:
+        return {}
+    source = EvalData(shards=config.evals.data, max_samples=config.evals.max_samples)
+    return {name: build_evaluator(name, source, processor) for name in config.evals.names}
+
+
 def _model_and_processor(config: RunConfig) -> tuple[QLIPModel, QLIPProcessor]:
     if isinstance(config.task, AlignConfig):
-        model = QLIPModel(config.model.build_config())
+        try:
+            model = QLIPModel(config.model.build_config())
+        except (StrictDataclassError, ValueError) as error:  # transformers' configs wrap theirs in the former
+            reason = str(error).splitlines()[-1].strip().removeprefix("ValueError: ")
+            raise UserError(f"model: {reason}; change the --model options") from None
         return model, QLIPProcessor.for_size(config.model.image_size, context_length=config.model.context_length)
     if not config.task.init:
         raise UserError("stage 2 starts from a stage-1 model: add --task.init RUN/export")

@@ -1,8 +1,13 @@
-"""The QLIP tokenizer: configs, model, processor."""
+"""The QLIP tokenizer: configs, model, processor; importing it teaches transformers' Auto classes `qlip`."""
+
+from transformers import AutoConfig, AutoModel
 
 from qlip.models.qlip.configuration import QLIPConfig, QLIPDecoderConfig, QLIPTextConfig, QLIPVisionConfig
 from qlip.models.qlip.modeling import QLIPDecoder, QLIPModel, QLIPTextModel, QLIPVisionModel
 from qlip.models.qlip.processing import QLIPProcessor
+
+AutoConfig.register("qlip", QLIPConfig, exist_ok=True)
+AutoModel.register(QLIPConfig, QLIPModel, exist_ok=True)
 
 __all__ = [
     "QLIPConfig",

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.utils import logging
 
 from qlip.core.errors import UserError
 from qlip.models.qlip.modeling import QLIPModel
 from qlip.models.qlip.processing import QLIPProcessor
 
+EXPORT_MARKER = "trained_steps.txt"
+NEEDED_FILES = ("config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json")
+LOAD_ERRORS = (OSError, RuntimeError, ValueError, SafetensorError, StrictDataclassError)
 MODEL_CARD = """---
 license: apache-2.0
 library_name: qlip
@@ -35,6 +43,20 @@ pictures = processor.postprocess(model.decode(bits))
 """
 
 
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without its progress bars, which take milliseconds here, and its tables of tensors, which `UserError` names."""
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shown:
+            logging.enable_progress_bar()
+
+
 def load_model(folder: str | Path) -> QLIPModel:
     """A QLIP model in evaluation mode from a folder of ours.
 
@@ -42,20 +64,28 @@ def load_model(folder: str | Path) -> QLIPModel:
     """
     _refuse_other_folders(folder)
     try:
-        model, info = QLIPModel.from_pretrained(folder, output_loading_info=True)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"cannot load {folder}: {str(error).splitlines()[0]}; export the model again") from error
+        with quiet_transformers():
+            model, info = QLIPModel.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True)
+    except LOAD_ERRORS as error:
+        raise UserError(f"cannot load {folder}: {_reason(error)}; export the model again") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
-            first = sorted(map(str, info[kind]))[0]
+            first = min(key if isinstance(key, str) else key[0] for key in info[kind])  # misshapen: (name, shapes)
             raise UserError(f"{folder}: {len(info[kind])} {kind.replace('_', ' ')}, first {first}; export it again")
     return model.eval()
 
 
 def load_processor(folder: str | Path) -> QLIPProcessor:
-    """The processor that belongs to a model folder, with the Pillow image back end it was saved with."""
+    """The processor that belongs to a model folder, with the Pillow image back end it was saved with.
+
+    Raises `UserError` when the folder is no model or a processor file is broken.
+    """
     _refuse_other_folders(folder)
-    processor = QLIPProcessor.from_pretrained(folder)
+    try:
+        with quiet_transformers():
+            processor = QLIPProcessor.from_pretrained(folder)
+    except LOAD_ERRORS as error:
+        raise UserError(f"cannot load the processor of {folder}: {_reason(error)}; export the model again") from error
     if not isinstance(processor.image_processor, CLIPImageProcessorPil):
         size = processor.image_processor.crop_size["height"]
         processor.image_processor = CLIPImageProcessorPil(
@@ -65,20 +95,36 @@ def load_processor(folder: str | Path) -> QLIPProcessor:
 
 
 def _refuse_other_folders(folder: str | Path) -> None:
-    if not (Path(folder) / "config.json").is_file() or not (Path(folder) / "processor_config.json").is_file():
+    missing = [name for name in NEEDED_FILES if not (Path(folder) / name).is_file()]
+    if missing:
         raise UserError(
-            f"{folder} is not a model folder (no config.json and processor_config.json); "
+            f"{folder} is not a model folder (no {', '.join(missing)}); "
             "give the `export` folder of a run, or `qlip export RUN OUT` first"
         )
 
 
+def _reason(error: Exception) -> str:
+    """What went wrong, in one line; transformers' configs put the reason last, everything else first."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1 if isinstance(error, StrictDataclassError) else 0].strip().removeprefix("ValueError: ")
+
+
 def save_model(model: nn.Module, *, folder: Path, processor: QLIPProcessor, step: int) -> None:
-    """Write model, processor and card; the folder appears whole or not at all."""
+    """Write model, processor and card; the folder appears whole or not at all.
+
+    An earlier export is replaced. Raises `UserError` for a folder that holds anything else or cannot be written.
+    """
     assert isinstance(model, QLIPModel)
+    if folder.is_file() or (folder.exists() and not (folder / EXPORT_MARKER).exists() and any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is no export of ours; choose another folder")
     temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    model.save_pretrained(temporary)
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another folder") from None
+    with quiet_transformers():
+        model.save_pretrained(temporary)
     processor.save_pretrained(temporary)
     processor.image_processor.save_pretrained(temporary)  # preprocessor_config.json, for older tools
     vision = model.config.vision_config
@@ -86,6 +132,6 @@ def save_model(model: nn.Module, *, folder: Path, processor: QLIPProcessor, step
         image_size=vision.image_size, num_tokens=vision.grid_size**2, num_bits=vision.num_bits, steps=step
     )
     (temporary / "README.md").write_text(card)
-    (temporary / "trained_steps.txt").write_text(str(step))
+    (temporary / EXPORT_MARKER).write_text(str(step))
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)

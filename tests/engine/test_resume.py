@@ -1,0 +1,157 @@
+"""A run that is killed and started again ends with the weights and figures of one that never stopped, bit for bit."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_training import CLI_SIZES, assert_same_runs, curves, exported_weights, tiny_run, write_tiny_scenes
+
+from qlip.core.errors import UserError
+from qlip.engine.checkpoint import checkpoint_folders
+from qlip.engine.trainer import Trainer
+from qlip.recipes.run import RunConfig, run_recipe
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    return write_tiny_scenes(tmp_path_factory.mktemp("scenes"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, data) -> Path:
+    """An uninterrupted stage-1 run of 40 steps; nobody may change it."""
+    folder = tmp_path_factory.mktemp("runs") / "straight"
+    run_recipe(tiny_run("scenes_tiny", data, image_size=24, steps=40), folder=folder)
+    return folder
+
+
+def kill_after_a_checkpoint(process: subprocess.Popen | multiprocessing.Process, run: Path) -> None:
+    """SIGKILL at a random moment after the run's next checkpoint."""
+    before = checkpoint_folders(run)
+    while checkpoint_folders(run)[-1:] == before[-1:]:
+        assert process.poll() is None if isinstance(process, subprocess.Popen) else process.is_alive()
+        time.sleep(0.002)
+    time.sleep(random.Random().uniform(0, 0.05))
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait() if isinstance(process, subprocess.Popen) else process.join()
+    assert not (run / "export").exists()
+
+
+def test_command_killed_twice_ends_like_an_uninterrupted_run(tmp_path, data, finished, capsys):
+    run = tmp_path / "killed"
+    options = [
+        *("--data.train", data, "--out", str(run), "--model.image-size", "24", *CLI_SIZES),
+        *("--model.initializer-range", "0.02", "--data.batch-size", "4", "--data.shuffle-buffer", "16"),
+        *("--trainer.steps", "40", "--trainer.log-every", "1", "--trainer.save-every", "7"),
+        *("--trainer.device", "cpu", "--trainer.precision", "fp32"),
+    ]
+    command = [sys.executable, "-c", "import torch; torch.set_num_threads(1); from qlip.cli import main; main()"]
+    command += ["train", "scenes_tiny", *options]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        kill_after_a_checkpoint(process, run)
+    config = tiny_run(
+        "scenes_tiny", data, image_size=24, steps=40
+    )  # equal to the options above, or resuming would be refused
+    process = forked(config, run)
+    kill_after_a_checkpoint(process, run)
+    run_recipe(config, folder=run)
+    assert f"resuming {run} at step" in capsys.readouterr().out
+    assert_same_runs(run, finished)
+
+
+def forked(config: RunConfig, run: Path) -> multiprocessing.Process:
+    """The run in a process of its own, without the seconds that imports take."""
+    process = multiprocessing.get_context("fork").Process(target=run_recipe, args=(config,), kwargs={"folder": run})
+    process.start()
+    return process
+
+
+def test_killed_run_with_worker_processes_resumes_bit_for_bit(tmp_path, data):
+    config = tiny_run("scenes_tiny", data, steps=20)
+    config.data.num_workers = 2
+    run_recipe(config, folder=tmp_path / "straight")
+    kill_after_a_checkpoint(forked(config, tmp_path / "killed"), tmp_path / "killed")
+    run_recipe(config, folder=tmp_path / "killed")
+    assert_same_runs(tmp_path / "killed", tmp_path / "straight")
+
+
+class StoppedError(Exception):
+    """Stands for whatever ends a run in the middle of a step."""
+
+
+def stop_at(monkeypatch, step: int) -> None:
+    whole = Trainer.train_step
+
+    def train_step(self, batch):
+        if self.step == step:
+            raise StoppedError
+        return whole(self, batch)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+
+
+def test_stage_2_resumes_both_optimizers_the_average_and_the_random_crops(tmp_path, data, finished, monkeypatch):
+    """24 px: the discriminator sees random 16-px crops, so the random state counts; R1 comes every third step."""
+    config = tiny_run("scenes_tiny_stage2", data, steps=12)
+    config.task.init = str(finished / "export")
+    config.task.r1_every = 3
+    config.task.discriminator_channel_base, config.task.discriminator_max_channels = 64, 8
+    config.trainer.ema_decay, config.trainer.save_every = 0.9, 4
+    run_recipe(config, folder=tmp_path / "straight")
+    for stop in (5, 10):
+        with monkeypatch.context() as patch, pytest.raises(StoppedError):
+            stop_at(patch, stop)
+            run_recipe(config, folder=tmp_path / "stopped")
+    run_recipe(config, folder=tmp_path / "stopped")
+    assert_same_runs(tmp_path / "stopped", tmp_path / "straight")
+    with_r1 = [line["step"] for line in curves(tmp_path / "straight") if "discriminator/r1_loss" in line]
+    assert with_r1 == [1, 4, 7, 10]  # the lines are numbered by steps done
+
+
+def test_evaluations_between_steps_are_logged_once_with_their_cards(tmp_path, data, monkeypatch):
+    config = tiny_run("scenes_tiny", data, steps=9)
+    config.evals.data, config.evals.names, config.evals.max_samples = data, ("reconstruction",), 8
+    config.trainer.eval_every = config.trainer.save_every = 4
+    with monkeypatch.context() as patch, pytest.raises(StoppedError):
+        stop_at(patch, 6)
+        run_recipe(config, folder=tmp_path)
+    run_recipe(config, folder=tmp_path)
+    evaluations = [line for line in curves(tmp_path) if "eval" in line]
+    assert [line["step"] for line in evaluations] == [4, 8, 9]
+    assert all(line["card"] and line["psnr"] > 0 for line in evaluations)
+
+
+def test_finished_run_says_so_and_changes_nothing(finished, data, capsys):
+    def contents() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in sorted(finished.rglob("*")) if path.is_file()}
+
+    before = contents()
+    run_recipe(tiny_run("scenes_tiny", data, image_size=24, steps=40), folder=finished)
+    assert f"{finished} is finished (40 steps)" in capsys.readouterr().out
+    assert contents() == before
+
+
+def test_changed_config_is_refused_by_name_and_accepted_on_demand(tmp_path, data, monkeypatch):
+    config = tiny_run("scenes_tiny", data, steps=10)
+    with monkeypatch.context() as patch, pytest.raises(StoppedError):
+        stop_at(patch, 8)
+        run_recipe(config, folder=tmp_path)
+    config.task.optimizer.lr = 0.0
+    with pytest.raises(UserError, match=r"task\.optimizer\.lr: [\d.]+ -> 0\.0; add --accept-changes") as refused:
+        run_recipe(config, folder=tmp_path)
+    assert "\n" not in str(refused.value)
+    run_recipe(config, folder=tmp_path, accept_changes=True)
+    weights = exported_weights(tmp_path)
+    run_recipe(tiny_run("scenes_tiny", data, steps=7), folder=tmp_path / "seven")
+    # Both have the weights of step 7: the new rate 0 is the one that counts, not the one in the checkpoint.
+    others = exported_weights(tmp_path / "seven")
+    assert all(torch.equal(weights[name], others[name]) for name in weights)

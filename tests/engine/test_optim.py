@@ -1,4 +1,4 @@
-"""Which rate and which decay every parameter gets, and the schedule's closed form (PAPER section 4)."""
+"""Which rate and which decay every parameter gets, and the schedule's closed form."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Binary spherical quantization against enumeration of all 2^L codes, in float64 (PAPER section 3)."""
+"""Binary spherical quantization against enumeration of all 2^L codes, in float64."""
 
 import math
 from itertools import pairwise, product

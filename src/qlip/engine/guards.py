@@ -55,7 +55,7 @@ def stop_unless_finite(values: dict[str, Tensor], *, batch: Batch, place: StepPl
     record.write_text(json.dumps(content, indent=1))
     names = ", ".join(name for name, value in figures.items() if not math.isfinite(value)) or "another rank's value"
     raise NonFiniteStepError(
-        f"step {place.step} ({place.phase}): {names} not finite; weights are untouched, "
+        f"step {place.step} ({place.phase}): {names} not finite; its optimizer has not moved a weight, "
         f"the batch's keys are in {record}; lower the learning rate or remove the sample, then start again: "
         "the run resumes from its last checkpoint"
     )

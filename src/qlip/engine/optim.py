@@ -1,4 +1,4 @@
-"""Optimizers, parameter groups and the learning-rate schedule (PAPER section 4, "What trains").
+"""Optimizers, parameter groups and the learning-rate schedule (QLIP Table 8).
 
 Rates are per part of the model, decay only where a matrix is a matrix: not on tensors of at most one dimension,
 position tables, CLS or the temperature. That is EVA-CLIP's rule, whose public recipe shares QLIP's rates.

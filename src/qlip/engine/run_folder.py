@@ -44,9 +44,11 @@ def prepare_run_folder(
             "(checkpoints and export); free space or choose another --out"
         )
     path = folder / "config.json"
-    if path.exists() and checkpoint_folders(folder):
+    if path.exists():
         changed = differences(json.loads(path.read_text())["config"], config)
-        if changed and not accept_changes:
+        if not changed:
+            return  # commit and versions stay those the run was started with
+        if checkpoint_folders(folder) and not accept_changes:
             shown = "; ".join(changed[:5]) + (f"; and {len(changed) - 5} more" if len(changed) > 5 else "")
             raise UserError(
                 f"{folder} was started with another config: {shown}; "
@@ -64,11 +66,12 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of the source this runs from, or None outside a checkout."""
+    """The commit of the source this runs from, or None outside a checkout of qlip."""
+    root = Path(__file__).parents[3]
+    if not (root / ".git").exists():  # installed: a repository above would be the user's, not ours
+        return None
     try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()

@@ -1,4 +1,4 @@
-"""How well pictures survive the tokens: PSNR, SSIM, encoder distance, `fd_encoder`, code use (PAPER section 6).
+"""How well pictures survive the tokens: PSNR, SSIM, encoder distance, `fd_encoder`, code use.
 
 Every figure has a baseline beside it, `<figure>_baseline`: what the mean picture of the data set scores. Without
 Inception weights there is no rFID here; `fd_encoder` is the Frechet distance over this model's own frozen encoder.

@@ -2,7 +2,7 @@
 
 Shapes: `b` pictures, `c` channels, `h`, `w` pixels. Written from the description in StyleGAN2 (arXiv 1912.04958) and
 ProGAN (arXiv 1710.10196: equalised learning rates, minibatch standard deviation); sizes as in BSQ-ViT
-(arXiv 2406.07548), PAPER.md section 4. Everything runs in float32 (float64 if given), also under autocast.
+(arXiv 2406.07548). Everything runs in float32 (float64 if given), also under autocast.
 """
 
 from __future__ import annotations

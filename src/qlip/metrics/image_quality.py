@@ -1,4 +1,4 @@
-"""PSNR and SSIM of uint8 pictures, per image; the evaluator averages them (PAPER.md section 6).
+"""PSNR and SSIM of uint8 pictures, per image; the evaluator averages them.
 
 Shapes: `b` pictures, `h`, `w` pixels. Pictures are **rounded** uint8: unrounded floats score higher.
 """

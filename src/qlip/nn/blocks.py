@@ -1,7 +1,7 @@
 """The pre-norm transformer block of all three towers: EVA-02's (sub-LN, SwiGLU, rotary) and CLIP's text block.
 
-Shapes: `b` images, `n` tokens, `d` width, `I` feed-forward width. QLIP's towers: PAPER section 2.2 of this project's
-specification, after EVA-02 (arXiv 2303.11331) and Magneto's sub-LN (arXiv 2210.06423).
+Shapes: `b` images, `n` tokens, `d` width, `I` feed-forward width. After EVA-02 (arXiv 2303.11331), with Magneto's
+sub-LN (arXiv 2210.06423) between the heads and the output projection, and inside the feed-forward part.
 """
 
 from __future__ import annotations

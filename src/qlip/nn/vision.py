@@ -30,7 +30,7 @@ class VisionEmbeddings(nn.Module):
 
 
 class BottleneckMlp(nn.Module):
-    """One half of the bottleneck: ``c_proj(GELU(c_fc(x)))`` (PAPER section 2.4)."""
+    """One half of the bottleneck: ``c_proj(GELU(c_fc(x)))`` (QLIP Eq 5)."""
 
     def __init__(self, in_features: int, hidden_features: int, out_features: int) -> None:
         super().__init__()

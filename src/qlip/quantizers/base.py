@@ -1,4 +1,4 @@
-"""The contract every quantizer keeps: latents in, bits and their vectors out (DESIGN.md section 3).
+"""The contract every quantizer keeps: latents in, bits and their vectors out.
 
 Codes stay bits. Integer ids are made with int64 shifts (`qlip.quantizers.ids`) only where a vocabulary needs them,
 so that 2^28 never becomes a table or a float.

@@ -121,7 +121,7 @@ class EvalsConfig:
 class RunConfig:
     """Everything that decides a run."""
 
-    recipe: str
+    recipe: Annotated[str, tyro.conf.Suppress]
     """Name of the recipe this came from."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Sizes of a fresh model."""

@@ -46,7 +46,7 @@ class AlignConfig:
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(name="lamb", lr=5e-4, part_lrs=dict(TABLE_8_RATES))
     )
-    """LAMB with per-part rates."""
+    """Table 8 has LAMB with a rate per part."""
 
 
 class AlignTask:

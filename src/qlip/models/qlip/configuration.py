@@ -1,4 +1,4 @@
-"""QLIPConfig and its three parts, in transformers' config format (PAPER section 2; defaults are QLIP-B-16-256)."""
+"""QLIPConfig and its three parts, in transformers' config format (defaults are QLIP-B-16-256)."""
 
 from __future__ import annotations
 

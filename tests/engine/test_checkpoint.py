@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemWriter
 
 from qlip.core.errors import UserError
 from qlip.engine.checkpoint import checkpoint_folders, load_checkpoint, load_module, save_checkpoint
@@ -203,4 +204,17 @@ def test_a_disk_that_fills_up_at_the_last_file_leaves_no_half_folder(tmp_path, m
     with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left on device; free disk space"):
         patch.setattr(Path, "write_text", write_text)
         state.save(tmp_path, 2)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
+
+
+def test_ctrl_c_during_a_save_stays_ctrl_c_and_costs_no_earlier_checkpoint(tmp_path, monkeypatch):
+    state = State(0)
+    state.save(tmp_path, step=1)
+
+    def interrupted(*_args: object, **_options: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(FileSystemWriter, "write_data", interrupted)  # DCP wraps what is raised here
+        state.save(tmp_path, step=2)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]

@@ -63,7 +63,10 @@ def save_checkpoint(
         temporary.rename(final)
     except (OSError, RuntimeError, CheckpointException) as error:  # the last is no Exception, so name it
         shutil.rmtree(temporary, ignore_errors=True)
-        reason = _first_cause(error)
+        cause = _first_cause(error)
+        if isinstance(cause, KeyboardInterrupt):  # Ctrl-C in the middle of a save; DCP wraps it too
+            raise cause from None
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise UserError(f"could not write {final}: {reason}; free disk space and start again to resume") from error
     for old in checkpoint_folders(run_folder)[:-keep]:
         shutil.rmtree(old)
@@ -126,11 +129,9 @@ def _is_setting(key: str) -> bool:
     return key.startswith("param_groups.") and not key.endswith(".step")
 
 
-def _first_cause(error: BaseException) -> str:
-    """One line on why DCP failed."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _first_cause(error: BaseException) -> BaseException:
+    """Why DCP failed: the first failure it collected, else the error itself."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
 
 
 class _quiet(warnings.catch_warnings):  # noqa: N801 - a context manager

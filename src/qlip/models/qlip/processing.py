@@ -28,7 +28,8 @@ NUM_MERGES = 49152 - 256 - 2
 def clip_tokenizer(*, context_length: int) -> CLIPTokenizer:
     """CLIP's tokenizer: lower-cased byte-pair encoding, 49,408 ids, start 49406, end and padding 49407.
 
-    `context_length` is where texts are cut when truncation is asked for (77 in CLIP).
+    `context_length` is where texts are cut when truncation is asked for (77 in CLIP). Ids equal open_clip's but for
+    what open_clip mends before (HTML entities, curly quotes, full-width letters, ligatures, mojibake; final sigma).
     """
     vocabulary, merges = _bundled_bpe()
     with tempfile.TemporaryDirectory() as folder:

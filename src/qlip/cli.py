@@ -15,6 +15,23 @@ from qlip.core.arguments import parse_arguments
 from qlip.core.errors import UserError, nearest_name
 from qlip.recipes import RECIPES, find_recipe
 
+TRAIN_HELP = """usage: qlip train RECIPE [--out FOLDER] [--accept-changes] [--field value ...]
+
+Train a recipe, or resume it: starting again in the same folder goes on from the newest checkpoint.
+
+recipes:
+{recipes}
+
+options:
+  --out FOLDER        run folder (default runs/RECIPE)
+  --accept-changes    resume although the config has changed
+  --field value       any field of the recipe; `qlip train RECIPE --help` lists them all
+
+examples:
+  qlip train scenes_tiny --data.train 'PATH/{{00000..00009}}.tar' --out runs/mine
+  qlip train scenes_tiny_stage2 --data.train PATH --task.init runs/mine/export
+"""
+
 
 def demo(*, out: Path = Path("runs/demo"), train_scenes: int = 40_000, test_scenes: int = 4_000, seed: int = 0) -> None:
     """Make scenes, train both stages, evaluate, and write OUT/report.html; run it again to resume.
@@ -165,49 +182,8 @@ def doctor() -> None:
     print_diagnosis()
 
 
-COMMANDS: dict[str, Callable[..., None]] = {
-    "demo": demo,
-    "train": lambda: None,  # parsed by `_train`: its options depend on the recipe
-    "eval": evaluate,
-    "data scenes": data_scenes,
-    "data inspect": data_inspect,
-    "reconstruct": reconstruct,
-    "classify": classify,
-    "export": export,
-    "doctor": doctor,
-}
-SUMMARIES = {"train": "Train a recipe, or resume it: qlip train RECIPE [--field value ...]"}
-TRAIN_HELP = """usage: qlip train RECIPE [--out FOLDER] [--accept-changes] [--field value ...]
-
-Train a recipe, or resume it: starting again in the same folder goes on from the newest checkpoint.
-
-recipes:
-{recipes}
-
-options:
-  --out FOLDER        run folder (default runs/RECIPE)
-  --accept-changes    resume although the config has changed
-  --field value       any field of the recipe; `qlip train RECIPE --help` lists them all
-
-examples:
-  qlip train scenes_tiny --data.train 'PATH/{{00000..00009}}.tar' --out runs/mine
-  qlip train scenes_tiny_stage2 --data.train PATH --task.init runs/mine/export
-"""
-
-
-def _help(group: str = "") -> str:
-    """All commands, or those of a group such as `data`."""
-    lines = ["usage: qlip COMMAND ...", "", "A visual tokenizer aligned with text: train, tokenize, evaluate.", ""]
-    for name, function in COMMANDS.items():
-        if not name.startswith(group):
-            continue
-        summary = SUMMARIES.get(name) or (function.__doc__ or "").strip().splitlines()[0]
-        lines.append(f"  {name:<14}{summary}")
-    lines += ["", "`qlip COMMAND --help` says more. Start with `qlip demo`."]
-    return "\n".join(lines)
-
-
-def _train(arguments: list[str]) -> None:
+def train(arguments: list[str]) -> None:
+    """Train a recipe, or resume it: qlip train RECIPE [--field value ...]"""
     if not arguments or arguments[0] in ("-h", "--help"):
         recipes = "\n".join(f"  {name:<22}{summary}" for name, (_, summary) in RECIPES.items())
         print(TRAIN_HELP.format(recipes=recipes))
@@ -220,6 +196,31 @@ def _train(arguments: list[str]) -> None:
         TrainOptions, options, prog=f"qlip train {name}", default=TrainOptions(run=base, out=Path("runs") / name)
     )
     run_recipe(options.run, folder=options.out, accept_changes=options.accept_changes)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": demo,
+    "train": train,  # parses its own arguments: its options depend on the recipe
+    "eval": evaluate,
+    "data scenes": data_scenes,
+    "data inspect": data_inspect,
+    "reconstruct": reconstruct,
+    "classify": classify,
+    "export": export,
+    "doctor": doctor,
+}
+
+
+def _help(group: str = "") -> str:
+    """All commands, or those of a group such as `data`."""
+    lines = ["usage: qlip COMMAND ...", "", "A visual tokenizer aligned with text: train, tokenize, evaluate.", ""]
+    for name, function in COMMANDS.items():
+        if not name.startswith(group):
+            continue
+        summary = (function.__doc__ or "").strip().splitlines()[0]
+        lines.append(f"  {name:<14}{summary}")
+    lines += ["", "`qlip COMMAND --help` says more. Start with `qlip demo`."]
+    return "\n".join(lines)
 
 
 def dispatch(arguments: list[str]) -> None:
@@ -240,7 +241,7 @@ def dispatch(arguments: list[str]) -> None:
             name = " ".join(arguments[:2])
         raise UserError(f"command {name!r} is unknown: {nearest_name(name, COMMANDS)}")
     if name == "train":
-        _train(arguments[1:])
+        train(arguments[1:])
     else:
         parse_arguments(COMMANDS[name], arguments[words:], prog=f"qlip {name}")()
 

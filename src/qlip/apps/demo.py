@@ -26,7 +26,7 @@ from qlip.evals.run import print_results, run_evals, write_results
 from qlip.recipes import find_recipe
 from qlip.recipes.run import RunConfig, run_recipe
 
-TRAIN_OBJECT_COUNTS = (0.7, 0.1, 0.1, 0.1)  # mostly single objects: their captions teach shapes soonest
+TRAIN_OBJECT_COUNTS = (0.85, 0.05, 0.05, 0.05)  # mostly single objects: their captions teach shapes soonest
 
 
 class Timings:

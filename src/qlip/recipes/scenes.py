@@ -51,7 +51,7 @@ def scenes_tiny() -> RunConfig:
             },
             caption_per_batch=True,
         ),
-        trainer=TrainerConfig(steps=1600, log_every=25, save_every=400),
+        trainer=TrainerConfig(steps=1800, log_every=25, save_every=450),
     )
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.utils import logging
 
 from qlip.core.errors import UserError
@@ -76,22 +75,16 @@ def load_model(folder: str | Path) -> QLIPModel:
 
 
 def load_processor(folder: str | Path) -> QLIPProcessor:
-    """The processor that belongs to a model folder, with the Pillow image back end it was saved with.
+    """The processor that belongs to a model folder.
 
     Raises `UserError` when the folder is no model or a processor file is broken.
     """
     _refuse_other_folders(folder)
     try:
         with quiet_transformers():
-            processor = QLIPProcessor.from_pretrained(folder)
+            return QLIPProcessor.from_pretrained(folder)
     except LOAD_ERRORS as error:
         raise UserError(f"cannot load the processor of {folder}: {_reason(error)}; export the model again") from error
-    if not isinstance(processor.image_processor, CLIPImageProcessorPil):
-        size = processor.image_processor.crop_size["height"]
-        processor.image_processor = CLIPImageProcessorPil(
-            size={"shortest_edge": size}, crop_size={"height": size, "width": size}
-        )
-    return processor
 
 
 def _refuse_other_folders(folder: str | Path) -> None:
@@ -118,20 +111,28 @@ def save_model(model: nn.Module, *, folder: Path, processor: QLIPProcessor, step
     if folder.is_file() or (folder.exists() and not (folder / EXPORT_MARKER).exists() and any(folder.iterdir())):
         raise UserError(f"{folder} exists and is no export of ours; choose another folder")
     temporary = folder.with_name(folder.name + ".tmp")
+    earlier = folder.with_name(folder.name + ".old")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another folder") from None
+        _write_files(model, temporary, processor=processor, step=step)
+        if folder.exists():
+            folder.rename(earlier)
+        temporary.rename(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"cannot write {folder}: {_reason(error)}; free disk space or choose another folder") from None
+    shutil.rmtree(earlier, ignore_errors=True)
+
+
+def _write_files(model: QLIPModel, folder: Path, *, processor: QLIPProcessor, step: int) -> None:
     with quiet_transformers():
-        model.save_pretrained(temporary)
-    processor.save_pretrained(temporary)
-    processor.image_processor.save_pretrained(temporary)  # preprocessor_config.json, for older tools
+        model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    processor.image_processor.save_pretrained(folder)  # preprocessor_config.json, for older tools
     vision = model.config.vision_config
     card = MODEL_CARD.format(
         image_size=vision.image_size, num_tokens=vision.grid_size**2, num_bits=vision.num_bits, steps=step
     )
-    (temporary / "README.md").write_text(card)
-    (temporary / EXPORT_MARKER).write_text(str(step))
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    (folder / "README.md").write_text(card)
+    (folder / EXPORT_MARKER).write_text(str(step))

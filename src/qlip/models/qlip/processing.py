@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
@@ -66,6 +67,13 @@ def _byte_characters() -> list[str]:
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
 
 
+def pillow_image_processor(image_size: int) -> CLIPImageProcessorPil:
+    """CLIP's preprocessing at this size: shortest edge bicubic, centre crop, CLIP mean and std."""
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
+    )
+
+
 def text_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], dict[str, Tensor]]:
     """Texts -> `input_ids` and `attention_mask` (t, longest), cut to the tokenizer's `model_max_length`.
 
@@ -89,12 +97,18 @@ class QLIPProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, **kwargs)
 
     @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> QLIPProcessor:
+        """As transformers', but always with the Pillow back end, which Auto classes replace by torchvision's."""
+        processor = super().from_pretrained(*args, **kwargs)
+        if not isinstance(processor.image_processor, CLIPImageProcessorPil):
+            size = processor.image_processor.crop_size["height"]
+            processor.image_processor = pillow_image_processor(size)
+        return processor
+
+    @classmethod
     def for_size(cls, image_size: int, *, context_length: int = 77) -> QLIPProcessor:
         """The processor of a model with this picture side and longest text."""
-        image_processor = CLIPImageProcessorPil(
-            size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
-        )
-        return cls(image_processor, clip_tokenizer(context_length=context_length))
+        return cls(pillow_image_processor(image_size), clip_tokenizer(context_length=context_length))
 
     def postprocess(self, pixel_values: Tensor) -> list[Image.Image]:
         """(b, 3, S, S) CLIP-normalised pixels, as `QLIPModel.decode` returns them -> pictures, clamped and rounded."""

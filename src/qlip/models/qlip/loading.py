@@ -121,7 +121,8 @@ def save_model(model: nn.Module, *, folder: Path, processor: QLIPProcessor, step
         temporary.rename(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"cannot write {folder}: {_reason(error)}; free disk space or choose another folder") from None
+        reason = getattr(error, "strerror", None) or _reason(error)
+        raise UserError(f"cannot write to {folder}: {reason}; free disk space or choose another folder") from None
     shutil.rmtree(earlier, ignore_errors=True)
 
 

@@ -115,8 +115,9 @@ def test_ctrl_c_is_one_line_and_the_run_goes_on(qlip, scenes, tmp_path):
     run = tmp_path / "run"
     command = ["train", "scenes_tiny", "--data.train", str(scenes), "--out", str(run)]
     endless = [*command, *tiny(trainer__steps="1000000", trainer__save_every="100")]
-    process = subprocess.Popen(
-        [sys.executable, "-c", "from qlip.cli import main; main()", *endless],
+    start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from qlip.cli import main; main()"
+    process = subprocess.Popen(  # the handler: a suite started in the background hands down an ignored SIGINT
+        [sys.executable, "-c", start, *endless],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -11,7 +11,7 @@ from qlip.tasks.reconstruct import ReconstructConfig
 
 
 def scenes_tiny() -> RunConfig:
-    """Stage 1 of the demo: a QLIP of 1.4M vision parameters, 48 px pictures, 36 tokens of 28 bits.
+    """Stage 1 of the demo: a QLIP of 1.2M vision parameters, 48 px pictures, 36 tokens of 28 bits.
 
     Command:  qlip train scenes_tiny --data.train runs/demo/data/train
     Hardware: two CPU cores, under 2 GB of memory, about five minutes.

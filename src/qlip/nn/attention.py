@@ -56,7 +56,7 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
     """softmax(q k^T / sqrt(h)) v for (b, H, n, h), without ever storing the (n, n) weights."""
-    if q.device.type == "cpu":  # the CPU kernel's bf16 backward is five times slower than its float32 one
+    if q.device.type == "cpu":  # the CPU kernel's bf16 backward is several times slower than its float32 one
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=causal).to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal)

@@ -155,3 +155,18 @@ def test_changed_config_is_refused_by_name_and_accepted_on_demand(tmp_path, data
     # Both have the weights of step 7: the new rate 0 is the one that counts, not the one in the checkpoint.
     others = exported_weights(tmp_path / "seven")
     assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+def test_a_finished_run_keeps_the_config_of_its_weights(finished, data):
+    config = tiny_run("scenes_tiny", data, image_size=24, steps=40)
+    config.task.optimizer.lr = 0.5
+    before = (finished / "config.json").read_bytes()
+    with pytest.raises(UserError, match=r"task\.optimizer\.lr: .* choose another --out"):
+        run_recipe(config, folder=finished, accept_changes=True)
+    assert (finished / "config.json").read_bytes() == before
+
+
+def test_a_config_of_ones_own_needs_no_recipe_in_the_table(tmp_path, data):
+    config = tiny_run("scenes_tiny", data, steps=1)
+    config.recipe = "mine"
+    assert run_recipe(config, folder=tmp_path).is_dir()

@@ -23,6 +23,8 @@ from qlip.core.log import console
 from qlip.data.scene_shards import write_scene_shards
 from qlip.data.scenes import SceneConfig
 from qlip.evals.run import print_results, run_evals, write_results
+from qlip.models.qlip.fingerprint import model_fingerprint
+from qlip.models.qlip.loading import load_model
 from qlip.recipes import find_recipe
 from qlip.recipes.run import RunConfig, run_recipe
 
@@ -42,10 +44,12 @@ class Timings:
         started = time.monotonic()
         yield
         self.values[name] = round(self.values.get(name, 0.0) + time.monotonic() - started, 1)
-        self.values["peak_memory_gb"] = round(peak_memory_gb(), 2)
+        self.values["peak_memory_gb"] = max(self.values.get("peak_memory_gb", 0.0), round(peak_memory_gb(), 2))
         self.values["machine"] = machine()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.values, indent=1))
+        temporary = self.path.with_suffix(".tmp")  # a kill must not leave half a file that stops the next start
+        temporary.write_text(json.dumps(self.values, indent=1))
+        temporary.replace(self.path)
 
 
 def peak_memory_gb() -> float:
@@ -87,6 +91,15 @@ def run_demo(out: Path, *, train_scenes: int, test_scenes: int, seed: int) -> No
     )
 
 
+def results_of(result_file: Path, export: Path) -> list[dict[str, Any]] | None:
+    """Results written earlier, if they are of these very weights; None when the model must be measured (again)."""
+    if not result_file.exists():
+        return None
+    results = json.loads(result_file.read_text())
+    fingerprint = model_fingerprint(load_model(export))
+    return results if all(result["card"]["model_fingerprint"] == fingerprint for result in results) else None
+
+
 def _train_and_evaluate(
     out: Path, name: str, config: RunConfig, train_data: Path, test_data: Path, *, seed: int, timings: Timings
 ) -> None:
@@ -97,9 +110,8 @@ def _train_and_evaluate(
     with timings.part(f"{name} training"):
         export = run_recipe(config, folder=out / name)
     result_file = out / "results" / f"{name}.json"
-    if result_file.exists():
-        results = json.loads(result_file.read_text())
-    else:
+    results = results_of(result_file, export)
+    if results is None:
         with timings.part(f"{name} evaluation"):
             results = run_evals(export, data=str(test_data), evals=("reconstruction", "zero_shot"), max_samples=2000)
         write_results(result_file, results)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from qlip.core import pixels
 from qlip.core.errors import UserError
@@ -46,6 +47,16 @@ class EvalData:
         for name in ("max_samples", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: give at least 1")
+
+    def loader(self, model: QLIPModel) -> StatefulDataLoader:
+        """Every sample once, in order, prepared for this model; texts stay strings."""
+        return evaluation_loader(
+            self.shards,
+            image_size=model.config.vision_config.image_size,
+            tokenize=None,
+            batch_size=self.batch_size,
+            max_skip_share=self.max_skip_share,
+        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -102,13 +113,7 @@ class ReconstructionEvaluator:
     def _reconstruct(self, model: QLIPModel, device: torch.device) -> _Pictures:
         keys: list[str] = []
         real, fake, bits = [], [], []
-        loader = evaluation_loader(
-            self.data.shards,
-            image_size=model.config.vision_config.image_size,
-            tokenize=None,
-            batch_size=self.data.batch_size,
-            max_skip_share=self.data.max_skip_share,
-        )
+        loader = self.data.loader(model)
         with progress("reconstruction", self.data.max_samples) as bar:
             for batch in loader:
                 wanted = self.data.max_samples - len(keys)

@@ -17,7 +17,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from qlip.core.errors import UserError
 from qlip.core.log import progress
-from qlip.data.batches import Tokenize, evaluation_loader
+from qlip.data.batches import Tokenize
 from qlip.data.scenes import COLOUR_NAMES, HELD_OUT_PAIRS, SHAPE_NAMES
 from qlip.evals.card import data_card_fields, model_card_fields, num_skipped, run_card_fields, sha256_of_names
 from qlip.evals.reconstruction import EvalData
@@ -55,13 +55,7 @@ class SceneZeroShotEvaluator:
         """Shares in [0, 1]; `<figure>_baseline` is chance."""
         assert isinstance(model, QLIPModel)
         started = time.monotonic()
-        loader = evaluation_loader(
-            self.data.shards,
-            image_size=model.config.vision_config.image_size,
-            tokenize=None,
-            batch_size=self.data.batch_size,
-            max_skip_share=self.data.max_skip_share,
-        )
+        loader = self.data.loader(model)
         keys, image_embeds, names = self._embed(loader, model, device)
         colour = torch.tensor([COLOUR_NAMES.index(c) for c, _ in names])
         shape = torch.tensor([SHAPE_NAMES.index(s) for _, s in names])

@@ -24,10 +24,10 @@ from qlip.engine.trainer import TrainerConfig, train
 from qlip.evals.reconstruction import EvalData
 from qlip.evals.run import EVALUATIONS, build_evaluator
 from qlip.models.qlip.configuration import QLIPConfig, QLIPDecoderConfig, QLIPTextConfig, QLIPVisionConfig
-from qlip.models.qlip.loading import load_model, load_processor, save_model
+from qlip.models.qlip.loading import EXPORT_MARKER, load_model, load_processor, save_model
 from qlip.models.qlip.modeling import QLIPModel
 from qlip.models.qlip.processing import QLIPProcessor, text_tokenizer
-from qlip.recipes import find_recipe
+from qlip.recipes import RECIPES, find_recipe
 from qlip.tasks.align import AlignConfig, AlignTask
 from qlip.tasks.reconstruct import ReconstructConfig, ReconstructTask
 
@@ -159,14 +159,16 @@ def run_recipe(config: RunConfig, *, folder: Path, accept_changes: bool = False)
     model, processor = _model_and_processor(config)
     weights = sum(parameter.numel() for parameter in model.parameters())
     checkpoint_bytes = 3 * 4 * weights  # weights and two Adam moments in float32
+    finished = is_finished(folder, config)
+    base = find_recipe(config.recipe) if config.recipe in RECIPES else config  # a config of one's own has no recipe
     prepare_run_folder(
         folder,
         to_json(config),
-        changes=differences(to_json(find_recipe(config.recipe)), to_json(config)),
+        changes=differences(to_json(base), to_json(config)),
         bytes_needed=checkpoint_bytes * (config.trainer.keep_checkpoints + 1) + 4 * weights,
-        accept_changes=accept_changes,
+        accept_changes=accept_changes and not finished,  # config.json goes on describing the weights beside it
     )
-    if is_finished(folder, config):
+    if finished:
         console.print(f"{folder} is finished ({config.trainer.steps} steps); its model is {export_folder}")
         return export_folder
     task: Task
@@ -211,7 +213,7 @@ def _refuse_impossible(config: RunConfig) -> None:
 
 def is_finished(folder: Path, config: RunConfig) -> bool:
     """Whether the run in `folder` has been trained to its last step and exported."""
-    marker = folder / "export" / "trained_steps.txt"
+    marker = folder / "export" / EXPORT_MARKER
     return marker.exists() and int(marker.read_text()) == config.trainer.steps
 
 

@@ -1,6 +1,7 @@
 # The main jobs. Each creates .venv and installs what it needs on first use; a changed pyproject.toml installs again.
 #   make demo    the whole system at tiny size on this machine, ending in a report
 #   make test    the test suite
+#   make test-oldest  the model's tests on the oldest transformers that pyproject.toml allows
 #   make lint    format, types, spelling and floors
 #   make bench   every benchmark
 #   make help    this list
@@ -9,7 +10,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench
+.PHONY: help demo test test-oldest lint bench
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -19,6 +20,12 @@ demo: .venv/.installed
 
 test: .venv/.installed-dev
 	$(BIN)/pytest
+
+OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml)
+
+test-oldest: .venv/.installed-dev
+	@$(INSTALL) --no-deps --upgrade --target .venv/oldest "transformers==$(OLDEST).0"
+	PYTHONPATH=.venv/oldest $(BIN)/pytest tests/models
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

@@ -84,7 +84,7 @@ def test_a_recipes_help_lists_its_fields(qlip):
         (["data", "scenes", "out", "--num", "5", "--split", "validation"], "validation"),
         (["doctor", "please"], "too many arguments: please"),
         (["train", "scenes_tiny"], "no training data: add --data.train"),
-        (["export", "nowhere", "out"], "nowhere is not a run folder"),
+        (["export", "nowhere", "out"], "nowhere is not a model folder: there is nothing at that path"),
     ],
 )
 def test_mistakes_are_one_line(qlip, tmp_path, monkeypatch, arguments, said):

@@ -62,13 +62,13 @@ def test_activation_checkpointing_gives_equal_gradients():
     plain = gradients()
     set_activation_checkpointing(model, enabled=True)
     stacks = [module for module in model.modules() if isinstance(module, BlockStack)]
-    assert len(stacks) == 3 and all(stack.activation_checkpointing for stack in stacks)
+    assert len(stacks) == 3 and all(stack.gradient_checkpointing for stack in stacks)
     recomputed = gradients()
     assert plain.keys() == recomputed.keys() and len(plain) > 50
     for name in plain:
         torch.testing.assert_close(recomputed[name], plain[name], rtol=0, atol=0)
     set_activation_checkpointing(model, enabled=False)
-    assert not any(stack.activation_checkpointing for stack in stacks)
+    assert not any(stack.gradient_checkpointing for stack in stacks)
 
 
 def test_several_processes_are_refused_in_one_line(monkeypatch):

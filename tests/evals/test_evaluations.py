@@ -24,7 +24,8 @@ from qlip.evals.zero_shot import COLOUR_TEMPLATES, PAIRS, TEMPLATES, SceneZeroSh
 from qlip.models.qlip.fingerprint import encoder_fingerprint, model_fingerprint
 from qlip.models.qlip.loading import load_model, save_model
 from qlip.models.qlip.modeling import QLIPModel
-from qlip.models.qlip.processing import QLIPProcessor, text_tokenizer
+from qlip.models.qlip.processing import QLIPProcessor
+from qlip.models.qlip.tokenizer import text_tokenizer
 from qlip.recipes.run import ModelConfig, TowerSize
 
 NUM = 70

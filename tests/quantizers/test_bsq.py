@@ -25,10 +25,11 @@ def random_latents(*shape: int) -> Tensor:
     return F.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)
 
 
-def enumerated_soft_code(u: Tensor, *, tau: float, logits: str) -> Tensor:
+def enumerated_soft_code(u: Tensor, *, tau: float, logits: str, unit_codes: bool = True) -> Tensor:
     """(n, L) -> (n, 2^L): the softmax over every code, by its definition. First dimension most significant."""
     L = u.shape[-1]
-    codes = torch.tensor(list(product((-1.0, 1.0), repeat=L)), dtype=torch.float64) / math.sqrt(L)
+    codes = torch.tensor(list(product((-1.0, 1.0), repeat=L)), dtype=torch.float64)
+    codes = codes / math.sqrt(L) if unit_codes else codes
     if logits == "squared distance":
         return (-tau * (u[:, None, :] - codes[None, :, :]).square().sum(-1)).softmax(-1)
     return (2 * tau * u @ codes.T).softmax(-1)
@@ -62,6 +63,23 @@ def test_entropies_equal_enumeration_over_all_codes(num_bits, group_size, logits
             rtol=0,
             atol=1e-10,
         )
+
+
+@pytest.mark.parametrize("group_size", [1, 2, 3, 6])
+@pytest.mark.parametrize("tau", [0.1, 1.0, 10.0])
+def test_entropies_of_codes_of_plus_minus_1_equal_enumeration_off_the_sphere(tau, group_size):
+    u = torch.randn(NUM_TOKENS, 6, dtype=torch.float64)
+    q = enumerated_soft_code(u, tau=tau, logits="squared distance", unit_codes=False)
+    per_sample = sample_entropy(u, inv_temperature=tau, unit_codes=False)
+    codebook = codebook_entropy(u, inv_temperature=tau, group_size=group_size, unit_codes=False)
+    expected = enumerated_codebook_entropy(q, num_bits=6, group_size=group_size)
+    torch.testing.assert_close(per_sample, entropy(q).mean(), rtol=0, atol=1e-10)
+    torch.testing.assert_close(codebook, expected, rtol=0, atol=1e-10)
+    quantizer = BinarySphericalQuantizer(
+        6, group_size=group_size, inv_temperature=tau, gamma_0=0.7, gamma=0.3, l2_norm=False, unit_codes=False
+    )
+    loss = quantizer.train()(u[None]).losses["quantizer"]
+    torch.testing.assert_close(loss, (0.7 * entropy(q).mean() - 0.3 * expected) / tau, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("num_bits", [1, 5, 8])
@@ -102,11 +120,34 @@ def test_loss_is_zero_when_all_tokens_are_equal():
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
-def test_loss_is_the_weighted_difference_divided_by_tau(gamma):
+@pytest.mark.parametrize("gamma_0", [0.0, 1.0, 3.0])
+def test_loss_is_the_weighted_difference_divided_by_tau(gamma_0, gamma):
     z = random_latents(2, 8, 28)
-    loss = BinarySphericalQuantizer(28, inv_temperature=10.0, gamma=gamma).train()(z).losses["quantizer"]
-    expected = sample_entropy(z, inv_temperature=10.0) - gamma * codebook_entropy(z, inv_temperature=10.0, group_size=1)
-    torch.testing.assert_close(loss, expected / 10.0)
+    quantizer = BinarySphericalQuantizer(28, inv_temperature=10.0, gamma_0=gamma_0, gamma=gamma).train()
+    confident = gamma_0 * sample_entropy(z, inv_temperature=10.0)
+    balanced = gamma * codebook_entropy(z, inv_temperature=10.0, group_size=1)
+    torch.testing.assert_close(quantizer(z).losses["quantizer"], (confident - balanced) / 10.0)
+
+
+@pytest.mark.parametrize("unit_codes", [True, False])
+def test_commitment_is_the_squared_distance_to_the_code_and_is_not_divided_by_tau(unit_codes):
+    z = 3 * torch.randn(2, 8, 28, dtype=torch.float64)
+    u = F.normalize(z, dim=-1)
+    value = 28**-0.5 if unit_codes else 1.0
+    closed_form = (1 + 28 * value**2 - 2 * value * u.abs().sum(-1)).mean()  # |u|^2 + |code|^2 - 2 u.code
+    losses = [
+        BinarySphericalQuantizer(28, inv_temperature=10.0, beta=beta, unit_codes=unit_codes).train()(z).losses
+        for beta in (0.0, 0.25)
+    ]
+    torch.testing.assert_close(losses[1]["quantizer"] - losses[0]["quantizer"], 0.25 * closed_form, rtol=0, atol=1e-6)
+
+
+def test_commitment_pulls_latents_to_their_codes():
+    z = torch.randn(2, 8, 4, dtype=torch.float64, requires_grad=True)
+    quantizer = BinarySphericalQuantizer(4, gamma_0=0.0, gamma=0.0, beta=1.0, l2_norm=False, unit_codes=False).train()
+    output = quantizer(z)
+    output.losses["quantizer"].backward()
+    torch.testing.assert_close(z.grad, 2 * (z.detach() - output.z_q.detach()) / 16)  # 16 tokens; no gradient to codes
 
 
 def test_at_tau_1_the_entropy_is_nearly_constant_and_the_loss_only_balances_bits():
@@ -148,6 +189,14 @@ def test_straight_through_jacobian_is_the_identity_over_sqrt_l():
     torch.testing.assert_close(jacobian, torch.eye(28, dtype=torch.float64) / math.sqrt(28))
 
 
+def test_codes_of_plus_minus_1_have_the_identity_as_jacobian():
+    z = torch.randn(28, dtype=torch.float64)
+    quantizer = BinarySphericalQuantizer(28, l2_norm=False, unit_codes=False).eval()
+    assert torch.equal(quantizer(z[None, None]).z_q[0, 0], torch.where(z > 0, 1.0, -1.0).double())
+    jacobian = torch.autograd.functional.jacobian(lambda z: quantizer(z[None, None]).z_q[0, 0], z)
+    assert torch.equal(jacobian, torch.eye(28, dtype=torch.float64))
+
+
 def test_with_the_sphere_the_jacobian_of_the_norm_comes_on_top():
     z = torch.randn(28, dtype=torch.float64)
     quantizer = BinarySphericalQuantizer(28).eval()
@@ -186,6 +235,39 @@ def test_autocast_does_not_reach_the_quantizer():
         under_autocast = quantizer(z)
     assert torch.equal(plain.losses["quantizer"], under_autocast.losses["quantizer"])
     assert torch.equal(plain.z_q, under_autocast.z_q)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("group_size", [1, 7])
+def test_the_compiler_sees_one_graph_also_under_autocast(group_size, training):
+    quantizer = BinarySphericalQuantizer(28, group_size=group_size, beta=0.25).train(training)
+    compiled = torch.compile(quantizer, fullgraph=True, backend="eager")
+    z = torch.randn(2, 8, 28)
+    plain = quantizer(z)
+    assert torch.equal(compiled(z).z_q, plain.z_q)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under_autocast = compiled(z)
+    assert torch.equal(under_autocast.z_q, plain.z_q)
+    assert under_autocast.losses == plain.losses
+
+
+def test_the_exporter_sees_no_autocast_region():
+    class Codes(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.quantizer = BinarySphericalQuantizer(28)
+
+        def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+            output = self.quantizer(z)
+            return output.bits, self.quantizer.decode(output.bits)
+
+    z = torch.randn(2, 8, 28)
+    program = torch.export.export(Codes().eval(), (z,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    assert not [module for module in program.graph_module.modules() if module is not program.graph_module]
+    z = torch.randn(5, 8, 28)
+    bits, code = program.module()(z)
+    assert torch.equal(bits, z > 0)
+    assert torch.equal(code, BinarySphericalQuantizer(28).decode(bits))
 
 
 @pytest.mark.parametrize("group_size", [1, 7])

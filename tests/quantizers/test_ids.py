@@ -73,6 +73,20 @@ def test_sub_codes_are_the_digits_of_the_id(num_subcodes, bits_each):
     assert torch.equal(subcodes_to_bits(codes, 28), bits)
 
 
+@pytest.mark.parametrize("division", [2, 4, (14, 14), (10, 9, 9), (1, 27), (28,)])
+def test_a_million_random_codes_come_back_exactly(division):
+    bits = torch.rand(1_000_000, 28) < 0.5
+    ids, codes = bits_to_ids(bits), bits_to_subcodes(bits, division)
+    assert torch.equal(ids_to_bits(ids, 28), bits)
+    assert torch.equal(subcodes_to_bits(codes, 28 if isinstance(division, int) else division), bits)
+    sizes = [28 // division] * division if isinstance(division, int) else list(division)
+    joined = torch.zeros_like(ids)
+    for j, size in enumerate(sizes):
+        assert codes[:, j].max() < 2**size
+        joined = (joined << size) | codes[:, j]
+    assert torch.equal(joined, ids)
+
+
 def test_leading_axes_are_kept():
     bits = torch.rand(2, 3, 5, 28) < 0.5
     assert bits_to_ids(bits).shape == (2, 3, 5)
@@ -97,3 +111,9 @@ def test_mistakes_are_named():
         bits_to_subcodes(torch.zeros(1, 28, dtype=torch.bool), 3)
     with pytest.raises(ValueError, match="3 sub-codes do not divide 28 bits"):
         subcodes_to_bits(torch.zeros(1, 3, dtype=torch.int64), 28)
+    with pytest.raises(ValueError, match=r"sub-codes of \[14, 13\] bits do not make 28 bits"):
+        bits_to_subcodes(torch.zeros(1, 28, dtype=torch.bool), (14, 13))
+    with pytest.raises(ValueError, match="there are 2 sub-codes, but a division into 3"):
+        subcodes_to_bits(torch.zeros(1, 2, dtype=torch.int64), (10, 9, 9))
+    with pytest.raises(ValueError, match="outside the 14-bit range"):
+        subcodes_to_bits(torch.tensor([[0, 2**14]]), 28)

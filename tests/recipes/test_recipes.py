@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from qlip.engine.optim import parameter_groups
 from qlip.models.qlip.loading import load_model, load_processor
 from qlip.models.qlip.modeling import QLIPModel
 from qlip.recipes import RECIPES, find_recipe
-from qlip.recipes.run import ModelConfig, RunConfig, TowerSize, export_run, run_recipe
+from qlip.recipes.run import ModelConfig, RunConfig, TowerSize, load_run, run_recipe
 from qlip.tasks.align import AlignConfig, AlignTask
 from qlip.tasks.reconstruct import ReconstructTask
 
@@ -106,13 +107,43 @@ def test_both_stages_train_three_steps_and_export_what_can_be_loaded(tmp_path, d
     first, second = (load_model(tmp_path / stage / "export") for stage in ("stage1", "stage2"))
     pixels = torch.randn(2, 3, 16, 16)
     assert torch.equal(first(pixels).image_embeds, second(pixels).image_embeds)
-    export_run(tmp_path / "stage2", tmp_path / "again", step=3)
-    again = load_model(tmp_path / "again").state_dict()
+    again = load_run(tmp_path / "stage2", step=3)[0].state_dict()
     assert all(torch.equal(again[name], tensor) for name, tensor in second.state_dict().items())
     with pytest.raises(UserError, match=r"has no checkpoint 2; it has \[3\]"):
-        export_run(tmp_path / "stage2", tmp_path / "other", step=2)
+        load_run(tmp_path / "stage2", step=2)
     with pytest.raises(UserError, match="is not a run folder"):
-        export_run(tmp_path, tmp_path / "other", step=None)
+        load_run(tmp_path, step=None)
+
+
+QUANTIZERS = {
+    "none": {},
+    "bsq": {"num_bits": 12, "group_size": 4},
+    "fsq": {"num_bits": 9, "fsq_levels": (8, 8, 5)},
+    "lfq": {"num_bits": 12, "group_size": 4},
+    "vq": {"num_bits": 12, "group_size": 6},
+}
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS)
+def test_a_field_switches_the_quantizer_of_both_stages(tmp_path, data, kind):
+    exports = {}
+    for name, stage in (("scenes_tiny", "stage1"), ("scenes_tiny_stage2", "stage2")):
+        config = three_steps(name, data)
+        config.model = replace(config.model, quantizer=kind, **QUANTIZERS[kind])
+        config.evals.data, config.evals.max_samples = data, 8
+        if stage == "stage2":
+            config.task.init = str(exports["stage1"])
+        exports[stage] = run_recipe(config, folder=tmp_path / stage)
+    first, second = (load_model(export) for export in exports.values())
+    assert second.config.vision_config.quantizer == kind
+    moved = {name for name, tensor in second.state_dict().items() if not torch.equal(first.state_dict()[name], tensor)}
+    assert any(name.startswith("vision_decoder") for name in moved)
+    assert not any(name.startswith(("vision_model.encoder", "text_model", "visual_projection")) for name in moved)
+    assert any("_codebook" in name for name in moved) == (kind == "vq")
+    figures = [
+        line for line in read_metrics(tmp_path / "stage2" / "metrics.jsonl") if line.get("eval") == "reconstruction"
+    ]
+    assert len(figures) == 1 and ("bits_per_pixel" in json.dumps(figures[0])) == (kind != "none")
 
 
 def refused(config: RunConfig, folder: Path) -> str:

@@ -9,13 +9,13 @@ from PIL import Image
 from rich.table import Table
 
 from qlip.core.errors import UserError
+from qlip.core.images import ImageLimits, ImageRejected, open_image
 from qlip.core.log import console, progress
-from qlip.data.images import ImageLimits, ImageRejected, open_image
 from qlip.engine.parallel import pick_device
 from qlip.evals.zero_shot import TEMPLATES, class_weights
 from qlip.models.qlip.loading import load_model, load_processor
 from qlip.models.qlip.modeling import unit_norm
-from qlip.models.qlip.processing import text_tokenizer
+from qlip.models.qlip.tokenizer import text_tokenizer
 
 
 def open_picture(path: Path) -> Image.Image:
@@ -48,15 +48,16 @@ def reconstruct_images(model_folder: Path, images: list[Path], *, out: Path, dev
         for row, (path, picture) in enumerate(zip(images, pictures, strict=True)):
             pixel_values = processor(images=picture, return_tensors="pt")["pixel_values"].to(place)
             seen = processor.postprocess(pixel_values)[0]
-            returned = processor.postprocess(model.decode(model.encode(pixel_values)))[0]
+            returned = processor.postprocess(model(pixel_values).reconstructions)[0]
             returned.save(_free_name(out, path.stem))
             for column, tile in enumerate((seen, returned)):
                 tile = tile.resize((size * scale, size * scale), Image.Resampling.NEAREST)
                 sheet.paste(tile, (column * size * scale, row * size * scale))
             bar.update(row + 1)
     sheet.save(out / "sheet.png")
-    num_bits = model.config.vision_config.num_bits * model.config.vision_config.grid_size**2
-    console.print(f"{len(pictures)} pictures, {num_bits} bits each, in {out}; before and after: {out / 'sheet.png'}")
+    vision = model.config.vision_config
+    through = "no quantizer" if vision.quantizer == "none" else f"{vision.num_bits * vision.grid_size**2} bits each"
+    console.print(f"{len(pictures)} pictures, {through}, in {out}; before and after: {out / 'sheet.png'}")
 
 
 def _free_name(out: Path, stem: str) -> Path:
@@ -76,6 +77,9 @@ def classify_image(model_folder: Path, image: Path, *, labels: str, device: str)
     model, processor = load_model(model_folder), load_processor(model_folder)
     place = pick_device(device)
     model.to(place)
+    longest, known = len(processor.tokenizer), model.config.text_config.vocab_size
+    if longest > known:
+        raise UserError(f"{model_folder}: its tokenizer has {longest} ids, its text tower {known}; add tokenizer.json")
     pixel_values = processor(images=picture, return_tensors="pt")["pixel_values"].to(place)
     embedding = unit_norm(model.get_image_features(pixel_values).pooler_output)[0]
     cosines = class_weights(model, text_tokenizer(processor.tokenizer), names, TEMPLATES) @ embedding

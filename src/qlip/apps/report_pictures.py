@@ -17,7 +17,7 @@ from qlip.data.scenes import HELD_OUT_PAIRS
 from qlip.evals.zero_shot import PAIRS, TEMPLATES, class_weights
 from qlip.models.qlip.loading import load_model, load_processor
 from qlip.models.qlip.modeling import QLIPModel, unit_norm
-from qlip.models.qlip.processing import text_tokenizer
+from qlip.models.qlip.tokenizer import text_tokenizer
 
 NUM_READ = 128  # samples looked at: enough to hold scenes with pairs that training never showed
 NUM_PICTURES = 12
@@ -82,7 +82,7 @@ def look(exports: dict[str, Path], *, shards: str) -> Looks:
     batch = next(iter(loader))
     seen = batch["pixel_values"][:NUM_PICTURES]
     columns = {"original": _pictures(seen)}
-    columns |= {title: _pictures(model.decode(model.encode(seen))) for title, model in models.items()}
+    columns |= {title: _pictures(model(seen).reconstructions) for title, model in models.items()}
     for i, caption in enumerate(batch["caption"][:NUM_PICTURES]):
         looks.scenes.append(Scene(caption=caption, pictures={title: row[i] for title, row in columns.items()}))
     looks.examples = _examples(first, exports[first_title], batch)

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from qlip.data.images import ImageLimits
+from qlip.core.images import ImageLimits
 from qlip.data.sample_parts import ShardConfig, captions_of
 from qlip.data.shard_list import expand_shards
 from qlip.data.shards import ShardDataset, check_shard_split, seeded_random

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from qlip.core.images import ImageRejected
 from qlip.core.log import progress
-from qlip.data.images import ImageRejected
 from qlip.data.ledger import kind_of
 from qlip.data.sample_parts import ShardConfig, caption_of, image_of
 from qlip.data.shard_list import expand_shards

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from qlip.data.images import ImageLimits, open_image
+from qlip.core.images import ImageLimits, open_image
 from qlip.data.tar_reader import RawSample, SampleRejected, json_record
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
 from qlip.core.errors import UserError
-from qlip.data.images import ImageRejected
+from qlip.core.images import ImageRejected
 from qlip.data.ledger import Ledger
 from qlip.data.sample_parts import ShardConfig, caption_of, image_of
 from qlip.data.shard_list import expand_shards

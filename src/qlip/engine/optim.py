@@ -1,7 +1,7 @@
 """Optimizers, parameter groups and the learning-rate schedule (QLIP Table 8).
 
 Rates are per part of the model, decay only where a matrix is a matrix: not on tensors of at most one dimension,
-position tables, CLS or the temperature. That is EVA-CLIP's rule, whose public recipe shares QLIP's rates.
+position tables, CLS, codebooks or the temperature. That is EVA-CLIP's rule, whose public recipe shares QLIP's rates.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from qlip.core.errors import UserError, nearest_name
 from qlip.engine.interfaces import OptimizerConfig
 
 OPTIMIZERS = ("adamw", "lamb")
-NEVER_DECAYED = ("position_embedding", "class_embedding", "logit_scale")
+NEVER_DECAYED = ("position_embedding", "class_embedding", "logit_scale", "_codebook")
 
 
 def learning_rate(name: str, config: OptimizerConfig) -> float:

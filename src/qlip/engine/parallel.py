@@ -55,7 +55,7 @@ def set_activation_checkpointing(modules: nn.Module, *, enabled: bool) -> None:
     """Recompute the activations of every block stack in the backward pass, or keep them."""
     for module in modules.modules():
         if isinstance(module, BlockStack):
-            module.activation_checkpointing = enabled
+            module.gradient_checkpointing = enabled
 
 
 def exponential_average(module: nn.Module, decay: float) -> AveragedModel:

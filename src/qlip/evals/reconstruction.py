@@ -66,7 +66,8 @@ class _Pictures:
     keys: list[str]
     real: Tensor
     fake: Tensor
-    bits: Tensor
+    bits: Tensor | None
+    """(n, tokens, L) bool; None for a model without quantizer."""
     skipped: int
 
 
@@ -88,11 +89,13 @@ class ReconstructionEvaluator:
         figures = self._compare(model, device, pictures.real, pictures.fake)
         baseline = self._compare(model, device, pictures.real, mean_picture)
         figures |= {f"{name}_baseline": value for name, value in baseline.items()}
-        figures |= code_use(pictures.bits)
         vision = model.config.vision_config
-        bits_per_pixel = vision.num_bits / vision.patch_size**2
-        figures |= {"bits_per_pixel": bits_per_pixel, "compression_ratio": 24 / bits_per_pixel}
-        self.details = {"bit_share": pictures.bits.float().mean((0, 1)).tolist()}
+        self.details = {}
+        if pictures.bits is not None:
+            figures |= code_use(pictures.bits)
+            bits_per_pixel = vision.num_bits / vision.patch_size**2
+            figures |= {"bits_per_pixel": bits_per_pixel, "compression_ratio": 24 / bits_per_pixel}
+            self.details = {"bit_share": pictures.bits.float().mean((0, 1)).tolist()}
         self._card = {
             "protocol": PROTOCOL,
             "baseline": "the mean picture of the same samples",
@@ -112,24 +115,27 @@ class ReconstructionEvaluator:
 
     def _reconstruct(self, model: QLIPModel, device: torch.device) -> _Pictures:
         keys: list[str] = []
-        real, fake, bits = [], [], []
+        real, fake = [], []
+        bits: list[Tensor] = []
         loader = self.data.loader(model)
         with progress("reconstruction", self.data.max_samples) as bar:
             for batch in loader:
                 wanted = self.data.max_samples - len(keys)
                 pixel_values = batch["pixel_values"][:wanted].to(device)
-                batch_bits = model.encode(pixel_values)
+                output = model(pixel_values)
                 keys += batch["key"][:wanted]
                 real.append(pixels.to_uint8(pixel_values).cpu())
-                fake.append(pixels.to_uint8(model.decode(batch_bits)).cpu())
-                bits.append(batch_bits.cpu())
+                fake.append(pixels.to_uint8(output.reconstructions).cpu())
+                if output.bits is not None:
+                    bits.append(output.bits.cpu())
                 bar.update(len(keys))
                 if len(keys) >= self.data.max_samples:
                     break
         if len(keys) < 2:
             raise UserError(f"{self.data.shards}: {len(keys)} sample read; reconstruction is measured on at least 2")
         skipped = num_skipped(loader)
-        return _Pictures(keys=keys, real=torch.cat(real), fake=torch.cat(fake), bits=torch.cat(bits), skipped=skipped)
+        joined = torch.cat(bits) if bits else None
+        return _Pictures(keys=keys, real=torch.cat(real), fake=torch.cat(fake), bits=joined, skipped=skipped)
 
     def _compare(self, model: QLIPModel, device: torch.device, real: Tensor, fake: Tensor) -> dict[str, float]:
         distance = EncoderDistance(model.vision_model.patch_states)

@@ -16,7 +16,8 @@ from qlip.engine.parallel import pick_device
 from qlip.evals.reconstruction import EvalData, ReconstructionEvaluator
 from qlip.evals.zero_shot import SceneZeroShotEvaluator
 from qlip.models.qlip.loading import load_model, load_processor
-from qlip.models.qlip.processing import QLIPProcessor, text_tokenizer
+from qlip.models.qlip.processing import QLIPProcessor
+from qlip.models.qlip.tokenizer import text_tokenizer
 
 EVALUATIONS = ("reconstruction", "zero_shot")
 SUFFIX = "_baseline"

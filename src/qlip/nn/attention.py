@@ -13,6 +13,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qlip.core.precision import float32_region
+
 ROPE_BASE_GRID = 16
 ROPE_THETA = 10_000.0
 
@@ -24,42 +26,62 @@ class Rotary(NamedTuple):
     """(n, h) float32."""
     sin: Tensor
     """(n, h) float32."""
+    signed_sin: Tensor
+    """(n, h) float32, `sin` with the sign of R(x): minus in even places."""
 
 
-def rotary_2d(grid_size: int, head_dim: int, *, device: torch.device) -> Rotary:
-    """Angles for `grid_size` x `grid_size` patches in row-major order, computed in float32 at use (never stored).
+def rotary_2d(grid: tuple[int, int], head_dim: int, *, device: torch.device, num_unrotated: int = 0) -> Rotary:
+    """Angles for `grid` = (rows, columns) patches in row-major order, computed in float32 at use (never stored).
 
-    Row r has coordinate ``r / grid_size * 16``, so every grid spans the range the base grid was trained on.
-    Raises `ValueError` unless four divides the head width.
+    Row r has coordinate ``r / rows * 16``, so every grid spans the range the base grid was trained on. The first
+    `num_unrotated` rows of the table (CLS) turn by nothing. Raises `ValueError` unless four divides the head width.
     """
     if head_dim % 4:
         raise ValueError(f"2-D rotary positions need a head width divisible by 4, got {head_dim}")
     exponents = torch.arange(0, head_dim // 2, 2, dtype=torch.float32, device=device) / (head_dim // 2)
     frequencies = ROPE_THETA**-exponents  # (h/4,)
-    coordinates = torch.arange(grid_size, dtype=torch.float32, device=device) / grid_size * ROPE_BASE_GRID
-    angles = (coordinates[:, None] * frequencies).repeat_interleave(2, dim=-1)  # (grid, h/2), each angle twice
-    rows = angles[:, None, :].expand(grid_size, grid_size, -1)
-    columns = angles[None, :, :].expand(grid_size, grid_size, -1)
-    table = rearrange(torch.cat([rows, columns], dim=-1), "r c h -> (r c) h")
-    return Rotary(cos=table.cos(), sin=table.sin())
+    rows, columns = (_angles(size, frequencies) for size in grid)
+    table = torch.cat([rows[:, None, :].expand(*grid, -1), columns[None, :, :].expand(*grid, -1)], dim=-1).flatten(
+        0, 1
+    )  # (n, h)
+    table = F.pad(table, (0, 0, num_unrotated, 0))
+    sin = table.sin()
+    signs = torch.arange(head_dim, device=device) % 2 * 2 - 1  # -1, 1, -1, 1, ...
+    return Rotary(cos=table.cos(), sin=sin, signed_sin=sin * signs)
+
+
+def _angles(size: int, frequencies: Tensor) -> Tensor:
+    """(size, h/2): every coordinate of one axis times every frequency, each angle twice."""
+    coordinates = torch.arange(size, dtype=torch.float32, device=frequencies.device) / size * ROPE_BASE_GRID
+    return (coordinates[:, None] * frequencies).repeat_interleave(2, dim=-1)
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Turn the last n tokens of x (b, H, m, h) by their angles (n, h); tokens before them (CLS) stay. float32 maths."""
-    num_unrotated = x.shape[-2] - rotary.cos.shape[0]
-    patches = x[..., num_unrotated:, :].float()
-    even, odd = patches[..., 0::2], patches[..., 1::2]
-    turned = torch.stack([-odd, even], dim=-1).flatten(-2)
-    rotated = (patches * rotary.cos + turned * rotary.sin).to(x.dtype)
-    return torch.cat([x[..., :num_unrotated, :], rotated], dim=-2) if num_unrotated else rotated
+    """Turn every token of x (b, H, n, h) by its angles (n, h), pair by pair: ``x cos + R(x) sin``, in float32.
+
+    ``R(x)[2m] = -x[2m+1]`` and ``R(x)[2m+1] = x[2m]``; the table carries the sign, which saves a pass over x.
+    """
+    wide = x.float()
+    swapped = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(wide * rotary.cos, swapped, rotary.signed_sin).to(x.dtype)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, dropout: float = 0.0) -> Tensor:
     """softmax(q k^T / sqrt(h)) v for (b, H, n, h), without ever storing the (n, n) weights."""
     if q.device.type == "cpu":  # the CPU kernel's bf16 backward is several times slower than its float32 one
-        with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=causal).to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        with float32_region(q.device.type):
+            heads = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=causal, dropout_p=dropout)
+            return heads.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=dropout)
+
+
+def eager_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, dropout: float = 0.0) -> Tensor:
+    """The same written out, with the (b, H, n, n) weights in memory: for comparison, and to look at them."""
+    scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
+    if causal:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(future, float("-inf"))
+    return F.dropout(scores.softmax(-1), p=dropout).to(v.dtype) @ v
 
 
 class Attention(nn.Module):
@@ -75,24 +97,43 @@ class Attention(nn.Module):
         v_bias: bool = True,
         inner_norm_eps: float | None = None,
         causal: bool = False,
+        dropout: float = 0.0,
     ) -> None:
-        """`inner_norm_eps` adds the LayerNorm between the heads and the output projection; None leaves it out."""
+        """`inner_norm_eps` adds the LayerNorm between the heads and the output projection; None leaves it out.
+
+        `dropout` is the share of attention weights dropped in training.
+        """
         super().__init__()
         self.num_heads = num_heads
-        self.causal = causal
+        self.is_causal = causal  # this name and the next are read by transformers' attention functions
+        self.num_key_value_groups = 1
+        self.dropout = dropout
         self.q_proj = nn.Linear(hidden_size, hidden_size, bias=q_bias)
         self.k_proj = nn.Linear(hidden_size, hidden_size, bias=k_bias)
         self.v_proj = nn.Linear(hidden_size, hidden_size, bias=v_bias)
         self.inner_attn_ln = nn.Identity() if inner_norm_eps is None else nn.LayerNorm(hidden_size, eps=inner_norm_eps)
         self.out_proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
-        """(b, n, d) -> (b, n, d)."""
+    def forward(self, x: Tensor, rotary: Rotary | None = None, *, implementation: str = "sdpa") -> Tensor:
+        """(b, n, d) -> (b, n, d). `implementation`: sdpa, eager, or any name that transformers' registry knows."""
         q, k, v = (
             rearrange(projection(x), "b n (H h) -> b H n h", H=self.num_heads)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        heads = attend(q, k, v, causal=self.causal)
+        heads = self._attend(q, k, v, implementation)
         return self.out_proj(self.inner_attn_ln(rearrange(heads, "b H n h -> b n (H h)")))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, implementation: str) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        if implementation == "sdpa":
+            return sdpa_attention(q, k, v, causal=self.is_causal, dropout=dropout)
+        if implementation == "eager":
+            return eager_attention(q, k, v, causal=self.is_causal, dropout=dropout)
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # FlashAttention, or a user's own
+
+        function = ALL_ATTENTION_FUNCTIONS[implementation]
+        scaling = q.shape[-1] ** -0.5
+        heads, _ = function(self, q, k, v, None, scaling=scaling, dropout=dropout, is_causal=self.is_causal)
+        return heads.transpose(1, 2)  # theirs is (b, n, H, h)

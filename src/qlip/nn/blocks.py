@@ -7,14 +7,22 @@ sub-LN (arXiv 2210.06423) between the heads and the output projection, and insid
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from qlip.nn.attention import Attention, Rotary
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # OpenAI's CLIP
+    "relu": F.relu,
+    "silu": F.silu,
+}
 
 
 class SwiGLU(nn.Module):
@@ -57,9 +65,9 @@ class Block(nn.Module):
         self.layer_norm2 = nn.LayerNorm(hidden_size, eps=norm_eps)
         self.mlp = mlp
 
-    def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary | None = None, attention: str = "sdpa") -> Tensor:
         """(b, n, d) -> (b, n, d)."""
-        x = x + self.self_attn(self.layer_norm1(x), rotary)
+        x = x + self.self_attn(self.layer_norm1(x), rotary, implementation=attention)
         return x + self.mlp(self.layer_norm2(x))
 
 
@@ -69,18 +77,19 @@ class BlockStack(nn.Module):
     def __init__(self, blocks: list[Block]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(blocks)
-        self.activation_checkpointing = False
+        self.gradient_checkpointing = False  # transformers sets both by these names
+        self._gradient_checkpointing_func: Callable = partial(checkpoint, use_reentrant=False)
 
     def forward(
-        self, x: Tensor, rotary: Rotary | None = None, *, keep_states: bool = False
+        self, x: Tensor, rotary: Rotary | None = None, *, attention: str = "sdpa", keep_states: bool = False
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """(b, n, d) -> last state and, if asked, all L + 1 states starting with the input."""
-        states = [x]
+        states = [x] if keep_states else []
         for block in self.layers:
-            if self.activation_checkpointing and self.training:
-                x = checkpoint(block, x, rotary, use_reentrant=False)
+            if self.gradient_checkpointing and self.training:
+                x = self._gradient_checkpointing_func(block.__call__, x, rotary, attention)
             else:
-                x = block(x, rotary)
+                x = block(x, rotary, attention)
             if keep_states:
                 states.append(x)
         return x, tuple(states) if keep_states else None

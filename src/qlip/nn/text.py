@@ -21,7 +21,8 @@ class TextEmbeddings(nn.Module):
         length, longest = input_ids.shape[1], self.position_embedding.num_embeddings
         if length > longest:
             raise ValueError(f"texts have {length} tokens, this model reads {longest}: truncate them")
-        return self.token_embedding(input_ids) + self.position_embedding.weight[:length]
+        positions = torch.arange(length, device=input_ids.device)
+        return self.token_embedding(input_ids) + self.position_embedding(positions)
 
 
 def pooled_positions(input_ids: Tensor, *, eos_token_id: int) -> Tensor:

@@ -1,5 +1,6 @@
 """The contract every quantizer keeps: latents in, bits and their vectors out.
 
+Shapes: `b` images, `n` tokens, `L` bits (`num_bits`), `d` latent width (`latent_dim`; `L` except for FSQ).
 Codes stay bits. Integer ids are made with int64 shifts (`qlip.quantizers.ids`) only where a vocabulary needs them,
 so that 2^28 never becomes a table or a float.
 """
@@ -9,30 +10,55 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
 @dataclass(kw_only=True, slots=True)
 class Quantized:
-    """What a quantizer returns for latents (b, n, L)."""
+    """What a quantizer returns for latents (b, n, d)."""
 
     z_q: Tensor
-    """(b, n, L) code vectors; the gradient passes straight through to the latents."""
+    """(b, n, d) code vectors, float32; the gradient passes straight through to the latents."""
     bits: Tensor
     """(b, n, L) bool."""
     losses: dict[str, Tensor] = field(default_factory=dict)
-    """Scalar terms to be weighted by a task."""
+    """Scalar terms to be weighted by a task: `quantizer` in training, none in evaluation."""
     stats: dict[str, Tensor] = field(default_factory=dict)
-    """Scalars to be logged, without gradient."""
+    """Scalars to be logged, without gradient; none in evaluation."""
 
 
 class Quantizer(Protocol):
     """A module whose `forward` quantizes and whose `decode` turns bits back into the same code vectors."""
 
     num_bits: int
+    """Bits per token."""
+    latent_dim: int
+    """Width of the latents and of the code vectors."""
 
     def forward(self, z: Tensor) -> Quantized:
-        """(b, n, L) latents -> `Quantized`."""
+        """(b, n, d) latents -> `Quantized`."""
 
     def decode(self, bits: Tensor) -> Tensor:
-        """(b, n, L) bool -> (b, n, L) code vectors, bit for bit those of `forward`."""
+        """(b, n, L) bool -> (b, n, d) float32 code vectors, bit for bit those of `forward`."""
+
+
+def straight_through(code: Tensor, z: Tensor) -> Tensor:
+    """Forward: `code`, exactly; backward: identity to `z`. (The usual ``z + (code - z)`` rounds the code.)"""
+    return code + (z - z.detach())
+
+
+def digit_bits(digits: Tensor, num_bits: int) -> Tensor:
+    """(...) int64 -> (..., num_bits) bool, most significant first: `ids_to_bits` for numbers made in this package.
+
+    The range check of `ids_to_bits` waits for the GPU, breaks compiled graphs, and would stop a training whose latents
+    are NaN with a complaint about ids.
+    """
+    shifts = torch.arange(num_bits - 1, -1, -1, device=digits.device)
+    return (digits.unsqueeze(-1) >> shifts) & 1 == 1
+
+
+def check_group_size(num_bits: int, group_size: int) -> None:
+    """Raise `ValueError` when the group size does not divide the bits or needs more than 2^16 codes."""
+    if group_size < 1 or num_bits % group_size or group_size > 16:
+        raise ValueError(f"group_size {group_size} must divide {num_bits} bits and be at most 16 (2^g codes)")

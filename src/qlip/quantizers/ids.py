@@ -6,6 +6,8 @@ A float32 sum would round ids above 2^24: about 81 % of random 28-bit codes woul
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -36,17 +38,34 @@ def ids_to_bits(ids: Tensor, num_bits: int) -> Tensor:
     return (ids.unsqueeze(-1) & weights) != 0
 
 
-def bits_to_subcodes(bits: Tensor, num_subcodes: int) -> Tensor:
-    """(..., L) bool -> (..., num_subcodes) int64: sub-code j holds bits j*L/num_subcodes onwards, first bit on top."""
-    num_bits = bits.shape[-1]
-    if num_subcodes < 1 or num_bits % num_subcodes:
-        raise ValueError(f"{num_subcodes} sub-codes do not divide {num_bits} bits")
-    return bits_to_ids(bits.unflatten(-1, (num_subcodes, num_bits // num_subcodes)))
+def bits_to_subcodes(bits: Tensor, division: int | Sequence[int]) -> Tensor:
+    """(..., L) bool -> (..., k) int64 sub-codes: consecutive bits, the first of each on top.
+
+    `division` is their number k, which must divide L, or the bits of each, such as (10, 9, 9) of 28.
+    """
+    sizes = _sizes(division, bits.shape[-1])
+    return torch.stack([bits_to_ids(part) for part in bits.split(sizes, dim=-1)], dim=-1)
 
 
-def subcodes_to_bits(subcodes: Tensor, num_bits: int) -> Tensor:
-    """(..., k) int64 sub-codes -> (..., num_bits) bool, the inverse of `bits_to_subcodes`."""
-    num_subcodes = subcodes.shape[-1]
-    if num_bits % num_subcodes:
-        raise ValueError(f"{num_subcodes} sub-codes do not divide {num_bits} bits")
-    return ids_to_bits(subcodes, num_bits // num_subcodes).flatten(-2)
+def subcodes_to_bits(subcodes: Tensor, division: int | Sequence[int]) -> Tensor:
+    """(..., k) int64 sub-codes -> (..., L) bool, the inverse of `bits_to_subcodes`.
+
+    `division` is the number of bits L when all k sub-codes have as many, or the bits of each.
+    Raises `ValueError` for sub-codes out of range.
+    """
+    count = subcodes.shape[-1]
+    sizes = _sizes(count, division) if isinstance(division, int) else list(division)
+    if len(sizes) != count:
+        raise ValueError(f"there are {count} sub-codes, but a division into {len(sizes)}: {sizes}")
+    return torch.cat([ids_to_bits(subcodes[..., j], size) for j, size in enumerate(sizes)], dim=-1)
+
+
+def _sizes(division: int | Sequence[int], num_bits: int) -> list[int]:
+    """Bits of each sub-code."""
+    if isinstance(division, int):
+        if division < 1 or num_bits % division:
+            raise ValueError(f"{division} sub-codes do not divide {num_bits} bits: give the bits of each instead")
+        return [num_bits // division] * division
+    if sum(division) != num_bits or min(division) < 1:
+        raise ValueError(f"sub-codes of {list(division)} bits do not make {num_bits} bits")
+    return list(division)

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -26,7 +26,8 @@ from qlip.evals.run import EVALUATIONS, build_evaluator
 from qlip.models.qlip.configuration import QLIPConfig, QLIPDecoderConfig, QLIPTextConfig, QLIPVisionConfig
 from qlip.models.qlip.loading import EXPORT_MARKER, load_model, load_processor, save_model
 from qlip.models.qlip.modeling import QLIPModel
-from qlip.models.qlip.processing import QLIPProcessor, text_tokenizer
+from qlip.models.qlip.processing import QLIPProcessor
+from qlip.models.qlip.tokenizer import text_tokenizer
 from qlip.recipes import RECIPES, find_recipe
 from qlip.tasks.align import AlignConfig, AlignTask
 from qlip.tasks.reconstruct import ReconstructConfig, ReconstructTask
@@ -48,16 +49,20 @@ class TowerSize:
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
-    """Size of a QLIP; defaults are B-16-256. Stage 2 takes its model from stage 1 and ignores this part."""
+    """Size of a fresh QLIP; defaults are B-16-256. A run that starts from a model (`task.init`) ignores this part."""
 
     image_size: int = 256
     """Side of the square pictures in pixels."""
     patch_size: int = 16
     """Side of a patch, one token each."""
+    quantizer: Literal["bsq", "none", "fsq", "lfq", "vq"] = "bsq"
+    """Binary spherical; none (the decoder sees the encoder's states); or one of vector-quantize-pytorch's."""
     num_bits: int = 28
-    """Bits per token."""
+    """Bits per token; for fsq those that its levels make."""
     group_size: int = 1
-    """Bits whose joint entropy the codebook term sees."""
+    """Bits whose joint entropy the codebook term sees (bsq, lfq), or bits of one codebook (vq); at most 16."""
+    fsq_levels: tuple[int, ...] = ()
+    """Levels of each latent dimension, for fsq alone: seven times 16 make 28 bits."""
     encoder: TowerSize = field(default_factory=TowerSize)
     """Vision encoder."""
     decoder: TowerSize = field(default_factory=TowerSize)
@@ -78,8 +83,10 @@ class ModelConfig:
         grid = {"image_size": self.image_size, "patch_size": self.patch_size}
         text = QLIPTextConfig(max_position_embeddings=self.context_length, **_tower(self.text))
         vision = QLIPVisionConfig(
+            quantizer=self.quantizer,
             num_bits=self.num_bits,
             quantizer_group_size=self.group_size,
+            fsq_levels=list(self.fsq_levels) or None,
             hidden_size_post_q=self.decoder.hidden_size,
             initializer_range=self.initializer_range,
             **grid,
@@ -225,7 +232,7 @@ def _evaluators(config: RunConfig, processor: QLIPProcessor) -> dict[str, Evalua
 
 
 def _model_and_processor(config: RunConfig) -> tuple[QLIPModel, QLIPProcessor]:
-    if isinstance(config.task, AlignConfig):
+    if isinstance(config.task, AlignConfig) and not config.task.init:
         try:
             model = QLIPModel(config.model.build_config())
         except (StrictDataclassError, ValueError) as error:  # transformers' configs wrap theirs in the former
@@ -234,11 +241,12 @@ def _model_and_processor(config: RunConfig) -> tuple[QLIPModel, QLIPProcessor]:
         return model, QLIPProcessor.for_size(config.model.image_size, context_length=config.model.context_length)
     if not config.task.init:
         raise UserError("stage 2 starts from a stage-1 model: add --task.init RUN/export")
-    return load_model(config.task.init), load_processor(config.task.init)
+    model = load_model(config.task.init).float()  # master weights, whatever the file has
+    return model, load_processor(config.task.init)
 
 
-def export_run(run: Path, out: Path, *, step: int | None) -> None:
-    """Write a checkpoint of a run (the newest, or that of `step`) as a model folder.
+def load_run(run: Path, *, step: int | None) -> tuple[QLIPModel, QLIPProcessor, int]:
+    """Model and processor of a run's checkpoint (the newest, or that of `step`), and its step.
 
     Raises `UserError` for a folder without config or checkpoint.
     """
@@ -251,5 +259,4 @@ def export_run(run: Path, out: Path, *, step: int | None) -> None:
     config = from_json(RunConfig, json.loads((run / "config.json").read_text())["config"])
     model, processor = _model_and_processor(config)
     load_module(found[step], "model", model, averaged=bool(config.trainer.ema_decay))
-    save_model(model, folder=out, processor=processor, step=step)
-    console.print(f"wrote step {step} of {run} to {out}")
+    return model.eval(), processor, step

@@ -35,6 +35,8 @@ class AlignConfig:
 
     kind: Literal["align"] = "align"
     """Which task this configures."""
+    init: str = ""
+    """Folder or hub id of a model to start from, for instance one that `qlip import` wrote; empty starts afresh."""
     pixel_weight: float = 1e3
     """a_r, on the squared error of [0, 1] pixels."""
     contrastive_weight: float = 1.0

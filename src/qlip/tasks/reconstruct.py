@@ -23,7 +23,12 @@ from qlip.losses.perceptual import EncoderDistance, LpipsDistance, PerceptualDis
 from qlip.losses.reconstruction import pixel_mse
 from qlip.models.qlip.modeling import QLIPModel
 
-TRAINED_PARTS = ("vision_model.quant_embed", "vision_model.quant_embed_post", "vision_decoder")
+TRAINED_PARTS = (
+    "vision_model.quantizer",
+    "vision_model.quant_embed",
+    "vision_model.quant_embed_post",
+    "vision_decoder",
+)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -113,11 +118,12 @@ class ReconstructTask:
         terms = {
             "pixel_loss": self.config.pixel_weight * mse,
             "perceptual_loss": self.config.perceptual_weight * distance,
-            "quantizer_loss": self.config.quantizer_weight * quantized.losses["quantizer"],
             "mse": mse,
             self.perceptual.name: distance,
-            **quantized.stats,
         }
+        if quantized is not None:
+            terms["quantizer_loss"] = self.config.quantizer_weight * quantized.losses["quantizer"]
+            terms |= quantized.stats
         if self.discriminator is not None:
             real_crop, fake_crop = self._crops(real, output.reconstructions)
             self._last = (real_crop, fake_crop.detach())

@@ -1,45 +1,33 @@
-"""Read and write QLIP folders: config.json, model.safetensors, processor files, model card."""
+"""Model folders for the command line and training: model, processor and card together, whole or not at all."""
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal, get_args
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import nn
 from transformers.utils import logging
 
 from qlip.core.errors import UserError
+from qlip.models.qlip import graphs
+from qlip.models.qlip.card import OUR_MARK, graphs_card, model_card
 from qlip.models.qlip.modeling import QLIPModel
+from qlip.models.qlip.official import official_config, official_tensors
+from qlip.models.qlip.pretrained import one_line
 from qlip.models.qlip.processing import QLIPProcessor
+from qlip.models.qlip.weight_files import refuse_what_is_no_source
 
 EXPORT_MARKER = "trained_steps.txt"
-NEEDED_FILES = ("config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json")
-LOAD_ERRORS = (OSError, RuntimeError, ValueError, SafetensorError, StrictDataclassError)
-MODEL_CARD = """---
-license: apache-2.0
-library_name: qlip
-pipeline_tag: zero-shot-image-classification
-tags: [qlip, visual-tokenizer, binary-spherical-quantization]
----
-
-# A QLIP visual tokenizer
-
-{image_size} px pictures, {num_tokens} tokens of {num_bits} bits each, trained for {steps} steps with `qlip train`.
-
-```python
-from qlip import QLIPModel, QLIPProcessor
-
-model = QLIPModel.from_pretrained("path/to/this/folder")
-processor = QLIPProcessor.from_pretrained("path/to/this/folder")
-inputs = processor(images=image, text=["a cat", "a dog"], return_tensors="pt", padding=True)
-bits = model.encode(inputs.pixel_values)
-pictures = processor.postprocess(model.decode(bits))
-```
-"""
+LOAD_ERRORS = (OSError, RuntimeError, ValueError, TypeError, SafetensorError, StrictDataclassError)
+Layout = Literal["qlip", "official", "onnx", "pt2"]
+LAYOUTS: tuple[str, ...] = get_args(Layout)
 
 
 @contextmanager
@@ -56,84 +44,102 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_model(folder: str | Path) -> QLIPModel:
-    """A QLIP model in evaluation mode from a folder of ours.
+def load_model(source: str | Path) -> QLIPModel:
+    """A QLIP model in evaluation mode from a folder of ours, a released one, or a hub id.
 
-    Raises `UserError` when the folder is no model, or tensors are missing, left over or misshapen.
+    Raises `UserError` when it is no model, or tensors are missing, left over, misshapen or not finite.
     """
-    _refuse_other_folders(folder)
     try:
         with quiet_transformers():
-            model, info = QLIPModel.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True)
+            return QLIPModel.from_pretrained(str(source)).eval()
+    except UserError:
+        raise
     except LOAD_ERRORS as error:
-        raise UserError(f"cannot load {folder}: {_reason(error)}; export the model again") from error
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[kind]:
-            first = min(key if isinstance(key, str) else key[0] for key in info[kind])  # misshapen: (name, shapes)
-            raise UserError(f"{folder}: {len(info[kind])} {kind.replace('_', ' ')}, first {first}; export it again")
-    return model.eval()
+        raise UserError(f"cannot load {source}: {one_line(error)}; export or download it again") from error
 
 
-def load_processor(folder: str | Path) -> QLIPProcessor:
-    """The processor that belongs to a model folder.
+def load_processor(source: str | Path) -> QLIPProcessor:
+    """The processor that belongs to a model folder or hub id.
 
-    Raises `UserError` when the folder is no model or a processor file is broken.
+    Raises `UserError` when it is no model or a processor file is broken.
     """
-    _refuse_other_folders(folder)
+    refuse_what_is_no_source(source)
     try:
         with quiet_transformers():
-            return QLIPProcessor.from_pretrained(folder)
+            return QLIPProcessor.from_pretrained(str(source))
+    except UserError:
+        raise
     except LOAD_ERRORS as error:
-        raise UserError(f"cannot load the processor of {folder}: {_reason(error)}; export the model again") from error
+        reason = one_line(error)
+        raise UserError(f"cannot load the processor of {source}: {reason}; export or download it again") from error
 
 
-def _refuse_other_folders(folder: str | Path) -> None:
-    missing = [name for name in NEEDED_FILES if not (Path(folder) / name).is_file()]
-    if missing:
-        raise UserError(
-            f"{folder} is not a model folder (no {', '.join(missing)}); "
-            "give the `export` folder of a run, or `qlip export RUN OUT` first"
-        )
-
-
-def _reason(error: Exception) -> str:
-    """What went wrong, in one line; transformers' configs put the reason last, everything else first."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1 if isinstance(error, StrictDataclassError) else 0].strip().removeprefix("ValueError: ")
-
-
-def save_model(model: nn.Module, *, folder: Path, processor: QLIPProcessor, step: int) -> None:
+def save_model(
+    model: nn.Module, *, folder: Path, processor: QLIPProcessor, step: int | None, layout: Layout = "qlip"
+) -> None:
     """Write model, processor and card; the folder appears whole or not at all.
 
-    An earlier export is replaced. Raises `UserError` for a folder that holds anything else or cannot be written.
+    `layout`: `qlip`, ours; `official`, that of the released checkpoints; `onnx` or `pt2`, encoder and decoder as
+    graphs (`graphs.py`). An earlier export is replaced. Raises `UserError` for a folder that holds anything else or
+    cannot be written, and for a model that the layout cannot hold.
     """
     assert isinstance(model, QLIPModel)
-    if folder.is_file() or (folder.exists() and not (folder / EXPORT_MARKER).exists() and any(folder.iterdir())):
+    writers: dict[str, Callable[[QLIPModel, Path], None]] = {
+        "qlip": _write_ours,
+        "official": _write_official,
+        "onnx": graphs.write_onnx,
+        "pt2": graphs.write_pt2,
+    }
+
+    def write(temporary: Path) -> None:
+        writers[layout](model, temporary)
+        processor.save_pretrained(temporary)
+        training = f", trained for {step} steps with `qlip train`" if step else ""
+        card = graphs_card(model, layout) if layout in ("onnx", "pt2") else model_card(model, training=training)
+        (temporary / "README.md").write_text(card)
+        if step is not None and layout == "qlip":
+            (temporary / EXPORT_MARKER).write_text(str(step))
+
+    with quiet_transformers():
+        _replace_folder(folder, write)
+
+
+def _write_ours(model: QLIPModel, folder: Path) -> None:
+    model.save_pretrained(folder)
+
+
+def _write_official(model: QLIPModel, folder: Path) -> None:
+    try:
+        config = official_config(model.config)
+    except ValueError as error:
+        raise UserError(f"{error}; export it in our own layout") from None
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tensors = {name: tensor.cpu() for name, tensor in official_tensors(model).items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """`write` fills a temporary folder that then takes this name; an earlier export moves out of the way first."""
+    if folder.is_file() or (folder.exists() and any(folder.iterdir()) and not _is_export(folder)):
         raise UserError(f"{folder} exists and is no export of ours; choose another folder")
     temporary = folder.with_name(folder.name + ".tmp")
     earlier = folder.with_name(folder.name + ".old")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        _write_files(model, temporary, processor=processor, step=step)
+        write(temporary)
         if folder.exists():
             folder.rename(earlier)
         temporary.rename(folder)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, UserError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or _reason(error)
+        if isinstance(error, UserError):
+            raise
+        reason = getattr(error, "strerror", None) or one_line(error)
         raise UserError(f"cannot write to {folder}: {reason}; free disk space or choose another folder") from None
     shutil.rmtree(earlier, ignore_errors=True)
 
 
-def _write_files(model: QLIPModel, folder: Path, *, processor: QLIPProcessor, step: int) -> None:
-    with quiet_transformers():
-        model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    processor.image_processor.save_pretrained(folder)  # preprocessor_config.json, for older tools
-    vision = model.config.vision_config
-    card = MODEL_CARD.format(
-        image_size=vision.image_size, num_tokens=vision.grid_size**2, num_bits=vision.num_bits, steps=step
-    )
-    (folder / "README.md").write_text(card)
-    (folder / EXPORT_MARKER).write_text(str(step))
+def _is_export(folder: Path) -> bool:
+    card = folder / "README.md"
+    return (folder / EXPORT_MARKER).exists() or (card.is_file() and OUR_MARK in card.read_text(errors="replace"))

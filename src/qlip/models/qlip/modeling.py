@@ -6,21 +6,21 @@ Tensor names and shapes are those of the released checkpoints, so their weights 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 from qlip.models.qlip.configuration import QLIPConfig
-from qlip.models.qlip.towers import (
-    QLIPDecoder,
-    QLIPPreTrainedModel,
-    QLIPTextModel,
-    QLIPVisionModel,
-    QLIPVisionOutput,
-)
+from qlip.models.qlip.pretrained import QLIPPreTrainedModel
+from qlip.models.qlip.towers import QLIPDecoder, QLIPTextModel, QLIPVisionModel, QLIPVisionOutput
+from qlip.quantizers.ids import ids_to_bits, subcodes_to_bits
 
 
 @dataclass
@@ -65,9 +65,17 @@ class QLIPModel(QLIPPreTrainedModel):
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
         self.post_init()
 
-    def get_image_features(self, pixel_values: Tensor) -> QLIPVisionOutput:
+    def get_input_embeddings(self) -> nn.Module:
+        """The text tower's token table."""
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the text tower's token table."""
+        self.text_model.set_input_embeddings(value)
+
+    def get_image_features(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False) -> QLIPVisionOutput:
         """(b, 3, S, S) -> vision output whose `pooler_output` is the projected image embedding (b, e), not normed."""
-        output = self.vision_model(pixel_values)
+        output = self.vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
         output.pooler_output = self.visual_projection(output.pooler_output)
         return output
 
@@ -77,50 +85,110 @@ class QLIPModel(QLIPPreTrainedModel):
         output.pooler_output = self.text_projection(output.pooler_output)
         return output
 
-    def encode(self, pixel_values: Tensor) -> Tensor:
+    def encode(
+        self, pixel_values: Tensor, *, batch_invariant: bool = False, interpolate_pos_encoding: bool = False
+    ) -> Tensor:
         """(b, 3, S, S) CLIP-normalised pixels -> (b, n, L) bool, patches in row-major order.
 
-        Raises `ValueError` for a model without quantizer.
+        `batch_invariant` computes picture by picture in float32, so that what a picture is batched with changes no
+        bit; slower on a GPU. Without it a bit whose latent lies at zero to rounding can flip (`qlip verify` counts).
+        `interpolate_pos_encoding` takes other sides that are multiples of the patch size, on which the model was not
+        trained. Raises `ValueError` for a model without quantizer, and for weights that are not float32 in
+        batch-invariant mode.
         """
-        quantized = self.vision_model(pixel_values).quantized
-        if quantized is None:
-            raise ValueError("this model has no quantizer (quantizer: none), so it has no bits")
-        return quantized.bits
+        if not batch_invariant:
+            return self.vision_model.quantize(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding).bits
+        if self.vision_model.post_layernorm.weight.dtype != torch.float32:
+            raise ValueError("batch-invariant encoding needs float32 weights: call model.float() first")
+        with _exact_float32(pixel_values.device.type):
+            quantized = (
+                self.vision_model.quantize(picture, interpolate_pos_encoding=interpolate_pos_encoding)
+                for picture in pixel_values.float().split(1)
+            )
+            return torch.cat([picture.bits for picture in quantized])
 
-    def decode(self, bits: Tensor) -> Tensor:
+    def decode(
+        self, bits: Tensor, *, grid: tuple[int, int] | None = None, interpolate_pos_encoding: bool = False
+    ) -> Tensor:
         """(b, n, L) bool -> (b, 3, S, S) CLIP-normalised pixels, unclamped.
 
-        Raises `ValueError` for a model without quantizer, or when the number of tokens or bits is not this model's.
+        With `interpolate_pos_encoding` n may be another than trained: `grid` = (rows, columns) of patches, a square
+        if not given. Raises `ValueError` for a model without quantizer, or when the number of tokens or bits does
+        not fit.
         """
         vision = self.config.vision_config
         if vision.quantizer == "none":
             raise ValueError("this model has no quantizer (quantizer: none), so it decodes no bits")
-        if tuple(bits.shape[1:]) != (vision.grid_size**2, vision.num_bits):
+        num_tokens = vision.grid_size**2
+        if bits.ndim != 3 or bits.shape[2] != vision.num_bits:
+            raise ValueError(f"bits are {tuple(bits.shape)}, this model takes (batch, {num_tokens}, {vision.num_bits})")
+        if bits.shape[1] != num_tokens and not interpolate_pos_encoding:
             raise ValueError(
-                f"bits are {tuple(bits.shape)}, this model takes (batch, {vision.grid_size**2}, {vision.num_bits})"
+                f"bits are {tuple(bits.shape)}, this model takes (batch, {num_tokens}, {vision.num_bits}); "
+                "for pictures of another size pass interpolate_pos_encoding=True"
             )
-        return self.vision_decoder(self.vision_model.embed_codes(self.vision_model.quantizer.decode(bits)))
+        if grid is None:
+            side = math.isqrt(bits.shape[1])
+            if side**2 != bits.shape[1]:
+                raise ValueError(f"{bits.shape[1]} tokens are no square: pass grid=(rows, columns)")
+            grid = (side, side)
+        latents = self.vision_model.embed_codes(self.vision_model.quantizer.decode(bits))
+        return self.vision_decoder(latents, grid=grid)
 
+    def decode_ids(
+        self, ids: Tensor, *, grid: tuple[int, int] | None = None, interpolate_pos_encoding: bool = False
+    ) -> Tensor:
+        """Integer ids (b, n), or sub-codes (b, n, k) of equal size, int64 -> pixels as `decode` returns them.
+
+        Raises `ValueError` for ids out of range, and as `decode` does.
+        """
+        num_bits = self.config.vision_config.num_bits
+        bits = ids_to_bits(ids, num_bits) if ids.ndim == 2 else subcodes_to_bits(ids, num_bits)
+        return self.decode(bits, grid=grid, interpolate_pos_encoding=interpolate_pos_encoding)
+
+    @can_return_tuple
     def forward(
         self,
         pixel_values: Tensor | None = None,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        *,
+        output_hidden_states: bool | None = None,
+        interpolate_pos_encoding: bool = False,
         **_: object,
     ) -> QLIPOutput:
         """Pixels (b, 3, S, S) and/or texts (t, length) -> `QLIPOutput` with whatever can be computed."""
-        output = QLIPOutput()
+        found: dict[str, Any] = {}
         if pixel_values is not None:
-            vision = self.vision_model(pixel_values)
-            output.vision_model_output = vision
-            output.bits = None if vision.quantized is None else vision.quantized.bits
-            output.reconstructions = self.vision_decoder(vision.last_hidden_state)
-            output.image_embeds = unit_norm(self.visual_projection(vision.pooler_output))
+            vision = self.vision_model(
+                pixel_values,
+                output_hidden_states=output_hidden_states,
+                interpolate_pos_encoding=interpolate_pos_encoding,
+            )
+            patch = self.config.vision_config.patch_size
+            grid = (pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch)
+            found["image_embeds"] = unit_norm(self.visual_projection(vision.pooler_output))
+            found["reconstructions"] = self.vision_decoder(vision.last_hidden_state, grid=grid)
+            found["bits"] = None if vision.quantized is None else vision.quantized.bits
+            found["vision_model_output"] = vision
         if input_ids is not None:
-            output.text_model_output = self.text_model(input_ids, attention_mask)
-            output.text_embeds = unit_norm(self.text_projection(output.text_model_output.pooler_output))
-        if output.image_embeds is not None and output.text_embeds is not None:
+            text = self.text_model(input_ids, attention_mask, output_hidden_states=output_hidden_states)
+            found["text_embeds"] = unit_norm(self.text_projection(text.pooler_output))
+            found["text_model_output"] = text
+        if "image_embeds" in found and "text_embeds" in found:
             scale = self.logit_scale.float().exp()
-            output.logits_per_image = scale * output.image_embeds @ output.text_embeds.T
-            output.logits_per_text = output.logits_per_image.T
-        return output
+            found["logits_per_image"] = scale * found["image_embeds"] @ found["text_embeds"].T
+            found["logits_per_text"] = found["logits_per_image"].T
+        return QLIPOutput(**found)
+
+
+@contextmanager
+def _exact_float32(device_type: str) -> Iterator[None]:
+    """No autocast, and no TensorFloat-32 in matrix products and convolutions."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device_type, enabled=False), torch.backends.cudnn.flags(allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)

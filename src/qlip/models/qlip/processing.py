@@ -1,70 +1,143 @@
 """QLIPProcessor: pictures and texts into model inputs, pixels back into pictures; all of it offline.
 
-Image side: CLIP's processor with the Pillow back end (torchvision's differs by up to 1/255, enough to flip bits).
-Text side: CLIP's byte-pair encoding from the vocabulary that open_clip bundles.
+Image side: `core/images.py`, then CLIP's processor with the Pillow back end (torchvision's differs by up to 1/255,
+enough to flip bits). Text side: CLIP's byte-pair encoding (`tokenizer.py`).
 """
 
 from __future__ import annotations
 
-import gzip
-import importlib.util
 import json
-import tempfile
-from collections.abc import Callable
-from functools import partial
+import math
+import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPTokenizer, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import BatchFeature, ProcessorMixin
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.utils import cached_file
 
 from qlip.core import pixels
+from qlip.core.errors import UserError
+from qlip.models.qlip.official import is_official
+from qlip.models.qlip.pictures import has_unit_pixels, pictures_from
+from qlip.models.qlip.tokenizer import PLAIN_TEXTS, PlainTextProcessingKwargs, clip_tokenizer, load_tokenizer
+from qlip.models.qlip.weight_files import HUB_OPTIONS, refuse_what_is_no_source
 
-START_OF_TEXT, END_OF_TEXT = "<|startoftext|>", "<|endoftext|>"
-NUM_MERGES = 49152 - 256 - 2
+CLIP_IMAGE_PROCESSORS = (
+    "CLIPImageProcessor",
+    "CLIPImageProcessorFast",
+    "CLIPImageProcessorPil",
+    "CLIPFeatureExtractor",
+)
+DEFAULT_SIZES = {True: 224, False: 256}  # of a config.json that gives none: in the released layout, in ours
+CLIP_CONTEXT_LENGTH = 77
+MEANINGLESS_HERE = ("trust_remote_code", "code_revision", "_from_auto", "_from_pipeline", "_commit_hash")
 
 
-def clip_tokenizer(*, context_length: int) -> CLIPTokenizer:
-    """CLIP's tokenizer: lower-cased byte-pair encoding, 49,408 ids, start 49406, end and padding 49407.
+class QLIPProcessor(ProcessorMixin):
+    """`processor(images=..., text=..., return_tensors="pt")` and `postprocess(pixels)`.
 
-    `context_length` is where texts are cut when truncation is asked for (77 in CLIP). Ids equal open_clip's but for
-    what open_clip mends before (HTML entities, curly quotes, full-width letters, ligatures, mojibake; final sigma).
+    Output keys: `pixel_values` (b, 3, S, S) CLIP-normalised; `input_ids` and `attention_mask` (t, length).
     """
-    vocabulary, merges = _bundled_bpe()
-    with tempfile.TemporaryDirectory() as folder:
-        vocab_file, merges_file = Path(folder, "vocab.json"), Path(folder, "merges.txt")
-        vocab_file.write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
-        merges_file.write_text("\n".join(["#version: 0.2", *merges]))
-        return CLIPTokenizer(
-            vocab=str(vocab_file),
-            merges=str(merges_file),
-            bos_token=START_OF_TEXT,
-            eos_token=END_OF_TEXT,
-            unk_token=END_OF_TEXT,
-            pad_token=END_OF_TEXT,
-            model_max_length=context_length,
-        )
 
+    valid_processor_kwargs = PlainTextProcessingKwargs
 
-def _bundled_bpe() -> tuple[list[str], list[str]]:
-    """Vocabulary in id order and merge rules, read from open_clip's file without importing open_clip (seconds)."""
-    spec = importlib.util.find_spec("open_clip")
-    assert spec is not None and spec.submodule_search_locations, "open_clip_torch is a dependency of qlip"
-    path = Path(spec.submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz"
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        merges = file.read().split("\n")[1 : NUM_MERGES + 1]
-    characters = _byte_characters()
-    vocabulary = characters + [c + "</w>" for c in characters] + ["".join(merge.split()) for merge in merges]
-    return [*vocabulary, START_OF_TEXT, END_OF_TEXT], merges
+    def __init__(self, image_processor=None, tokenizer=None, **kwargs):
+        if isinstance(image_processor, BaseImageProcessor) and not isinstance(image_processor, CLIPImageProcessorPil):
+            image_processor = image_processor_from(image_processor.to_dict())
+        super().__init__(image_processor, tokenizer, **kwargs)
 
+    def __call__(self, images: Any = None, text: str | list[str] | None = None, **kwargs: Any) -> BatchFeature:
+        """Pictures and texts -> a batch.
 
-def _byte_characters() -> list[str]:
-    """The 256 printable characters that stand for bytes in GPT-2's byte-pair encoding, in CLIP's id order."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
+        A picture is a PIL image of any mode, a path, the bytes of a file, or an array or tensor (`pictures.py`);
+        lists mix them freely. All but float arrays enter as `open_image` reads them. Texts are padded to the longest,
+        cut to the context, and markers inside them are plain characters. CLIP's options for images (`size`,
+        `crop_size`, `do_resize`, `do_rescale`, ...) and for texts (`padding`, `max_length`, ...) hold for this call.
+
+        Raises `ImageRejected`, a `ValueError` of one line, for a picture that is broken or over the limits, and for
+        an address: nothing is downloaded.
+        """
+        if images is not None:
+            images = pictures_from(images, layout=kwargs.pop("input_data_format", None))
+            options = {"do_rescale": self.image_processor.do_rescale, **kwargs, **kwargs.get("images_kwargs", {})}
+            if options["do_rescale"] and has_unit_pixels(images):
+                warnings.warn("float pixels of at most 1 are divided by 255; pass do_rescale=False", stacklevel=2)
+        if text is not None:
+            text = list(text) if isinstance(text, tuple) else text
+            if text == []:
+                raise ValueError("text is an empty list; give at least one text, or no text at all")
+            given = kwargs.get("text_kwargs", {})
+            kwargs = {name: value for name, value in PLAIN_TEXTS.items() if name not in given} | kwargs
+        return super().__call__(images=images, text=text, **kwargs)
+
+    @classmethod
+    def for_size(cls, image_size: int, *, context_length: int = CLIP_CONTEXT_LENGTH) -> QLIPProcessor:
+        """The processor of a model with this picture side and longest text."""
+        return cls(pillow_image_processor(image_size), clip_tokenizer(context_length=context_length))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> QLIPProcessor:
+        """The processor of a folder or hub id, always with the Pillow back end.
+
+        Pictures: processor_config.json, else preprocessor_config.json, else CLIP's preprocessing at the size in
+        config.json of a QLIP model, ours or released. Texts: as `load_tokenizer`. Options: those of transformers for
+        the hub (`revision`, `subfolder`, `cache_dir`, `local_files_only`, `token`, ...); CLIP's image options, which
+        replace what the files say; `image_processor` and `tokenizer` to bring one's own.
+
+        Raises `UserError`, a `ValueError`, for files that are broken and for folders of something else, `OSError`
+        when the hub has no such model.
+        """
+        source = pretrained_model_name_or_path
+        refuse_what_is_no_source(source)
+        hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
+        options = {
+            name: kwargs.pop(name) for name in CLIPImageProcessorPil.valid_kwargs.__annotations__ & kwargs.keys()
+        }
+        image_processor, tokenizer = kwargs.pop("image_processor", None), kwargs.pop("tokenizer", None)
+        for name in sorted(kwargs.keys() - set(MEANINGLESS_HERE)):
+            warnings.warn(f"{name} has no effect on QLIPProcessor.from_pretrained", stacklevel=2)
+        config = _read_json(source, "config.json", hub) or {}
+        if image_processor is None:
+            settings = _image_settings(source, hub)
+            if settings is None:
+                image_size = _image_size(config, source)
+                settings = pillow_image_processor(image_size).to_dict()
+            image_processor = image_processor_from({**settings, **options}, source=source)
+        if tokenizer is None:
+            tokenizer = load_tokenizer(source, context_length=_context_length(config, source), hub=hub)
+        return cls(image_processor, tokenizer)
+
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
+        """Write processor_config.json, the tokenizer's files, and preprocessor_config.json for older tools.
+
+        Returns the paths of the two config files.
+        """
+        written = super().save_pretrained(save_directory)
+        written += self.image_processor.save_pretrained(save_directory)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+        return written
+
+    def postprocess(self, pixel_values: Tensor) -> list[Image.Image]:
+        """Normalised pixels, as `QLIPModel.decode` returns them -> pictures, clamped and rounded.
+
+        (b, 3, h, w) or one picture (3, h, w), of any float type, on any device. Raises `ValueError` for other shapes.
+        """
+        values = torch.as_tensor(pixel_values).detach()
+        if values.ndim not in (3, 4) or values.shape[-3] != 3:
+            raise ValueError(f"pixels must be (b, 3, h, w) or (3, h, w), got {tuple(values.shape)}")
+        values = values if values.ndim == 4 else values[None]
+        mean, std = tuple(self.image_processor.image_mean), tuple(self.image_processor.image_std)
+        if (mean, std) != (pixels.CLIP_MEAN, pixels.CLIP_STD):  # the files of the model said so
+            per_channel = [torch.tensor(each, device=values.device)[:, None, None] for each in (std, mean)]
+            values = pixels.normalise(values.float() * per_channel[0] + per_channel[1])
+        pictures = pixels.to_uint8(values).permute(0, 2, 3, 1).cpu().numpy()
+        return [Image.fromarray(picture) for picture in pictures]
 
 
 def pillow_image_processor(image_size: int) -> CLIPImageProcessorPil:
@@ -74,43 +147,72 @@ def pillow_image_processor(image_size: int) -> CLIPImageProcessorPil:
     )
 
 
-def text_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], dict[str, Tensor]]:
-    """Texts -> `input_ids` and `attention_mask` (t, longest), cut to the tokenizer's `model_max_length`.
+def image_processor_from(settings: dict[str, Any], *, source: str | Path = "image processor") -> CLIPImageProcessorPil:
+    """CLIP's preprocessing with the Pillow back end, from the settings of any back end or age.
 
-    Markers such as `<|endoftext|>` inside a text are read as plain characters.
+    Raises `UserError` naming `source` for settings of another kind of preprocessing, or that do not make sense.
     """
-    return partial(_tokenize, tokenizer)
+    kind = settings.get("image_processor_type") or settings.get("feature_extractor_type") or CLIP_IMAGE_PROCESSORS[0]
+    if kind not in CLIP_IMAGE_PROCESSORS:
+        raise UserError(f"{source}: {kind} is another preprocessing than CLIP's; give a QLIP or CLIP model")
+    settings = {name: value for name, value in settings.items() if name != "image_processor_type"}
+    for name in ("image_mean", "image_std"):
+        values = settings.get(name)
+        if values is not None and not _three_numbers(values):
+            raise UserError(f"{source}: {name} must be three numbers, got {values!r}; mend the file")
+    try:
+        return CLIPImageProcessorPil(**settings)
+    except (TypeError, ValueError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{source}: broken settings for pictures: {reason}; mend the file") from error
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> dict[str, Tensor]:
-    encoded = tokenizer(texts, padding=True, truncation=True, return_tensors="pt", split_special_tokens=True)
-    return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
+def _three_numbers(values: Any) -> bool:
+    if not isinstance(values, list | tuple) or len(values) != 3:
+        return False
+    return all(isinstance(value, int | float) and math.isfinite(value) for value in values)
 
 
-class QLIPProcessor(ProcessorMixin):
-    """`processor(images=..., text=..., return_tensors="pt")` and `postprocess(pixels)`.
+def _read_json(source: str | Path, name: str, hub: dict[str, Any]) -> dict[str, Any] | None:
+    """What a file of a folder or hub id holds, None when there is no such file."""
+    path = cached_file(source, name, **hub, _raise_exceptions_for_missing_entries=False)
+    if path is None:
+        return None
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{source}: {name} is not JSON: {error}; mend the file") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{source}: {name} must hold an object, got {type(values).__name__}; mend the file")
+    return values
 
-    Output keys: `pixel_values` (b, 3, S, S) CLIP-normalised; `input_ids` and `attention_mask` (t, length).
-    """
 
-    def __init__(self, image_processor=None, tokenizer=None, **kwargs):
-        super().__init__(image_processor, tokenizer, **kwargs)
+def _image_settings(source: str | Path, hub: dict[str, Any]) -> dict[str, Any] | None:
+    """Settings of the image processor in either of its files, None when there are none."""
+    settings = (_read_json(source, "processor_config.json", hub) or {}).get("image_processor")
+    if settings is None:  # as transformers wrote them before version 5
+        settings = _read_json(source, "preprocessor_config.json", hub)
+    if settings is not None and not isinstance(settings, dict):
+        raise UserError(f"{source}: image_processor in processor_config.json must be an object; mend the file")
+    return settings
 
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> QLIPProcessor:
-        """As transformers', but always with the Pillow back end, which Auto classes replace by torchvision's."""
-        processor = super().from_pretrained(*args, **kwargs)
-        if not isinstance(processor.image_processor, CLIPImageProcessorPil):
-            size = processor.image_processor.crop_size["height"]
-            processor.image_processor = pillow_image_processor(size)
-        return processor
 
-    @classmethod
-    def for_size(cls, image_size: int, *, context_length: int = 77) -> QLIPProcessor:
-        """The processor of a model with this picture side and longest text."""
-        return cls(pillow_image_processor(image_size), clip_tokenizer(context_length=context_length))
+def _image_size(config: dict[str, Any], source: str | Path) -> int:
+    if not is_official(config) and config.get("model_type") != "qlip":
+        raise UserError(
+            f"{source} is not a model folder: no processor files, no config.json of a QLIP model; give another folder"
+        )
+    return _count(config, "vision_config", "image_size", DEFAULT_SIZES[is_official(config)], source)
 
-    def postprocess(self, pixel_values: Tensor) -> list[Image.Image]:
-        """(b, 3, S, S) CLIP-normalised pixels, as `QLIPModel.decode` returns them -> pictures, clamped and rounded."""
-        pictures = pixels.to_uint8(pixel_values.detach()).permute(0, 2, 3, 1).cpu().numpy()
-        return [Image.fromarray(picture) for picture in pictures]
+
+def _context_length(config: dict[str, Any], source: str | Path) -> int:
+    return _count(config, "text_config", "max_position_embeddings", CLIP_CONTEXT_LENGTH, source)
+
+
+def _count(config: dict[str, Any], part: str, name: str, default: int, source: str | Path) -> int:
+    section = config.get(part)
+    value = (section if isinstance(section, dict) else {}).get(name)
+    value = default if value is None else value
+    if type(value) is not int or not 1 <= value <= 65_536:
+        raise UserError(f"{source}: config.json: {part}.{name} must be from 1 to 65536, got {value!r}; mend the file")
+    return value

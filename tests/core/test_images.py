@@ -3,14 +3,14 @@
 import io
 import struct
 import warnings
-import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
-from shard_files import encoded, picture
+from picture_files import encoded, picture, png_header
+from PIL import Image, ImageOps, PngImagePlugin
 
-from qlip.data.images import ImageLimits, ImageRejected, open_image
+from qlip.core.images import ImageLimits, ImageRejected, open_image
 
 LIMITS = ImageLimits()
 
@@ -27,17 +27,6 @@ def rejection(source, limits: ImageLimits = LIMITS) -> str:
         open_image(source, limits=limits)
     assert "\n" not in str(caught.value)
     return str(caught.value)
-
-
-def png_chunk(kind: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-
-def png_header(width: int, height: int, *, bits: int = 8, colour: int = 2) -> bytes:
-    """A PNG that claims a size and holds almost nothing."""
-    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(100))), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks)
 
 
 @pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF", "PPM"])
@@ -100,8 +89,6 @@ def test_animated_and_multi_page_give_the_first_frame(format):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied_once(orientation):
-    from PIL import ImageOps
-
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(picture(), "PNG", exif=exif)
@@ -183,3 +170,7 @@ def test_large_files_are_not_read(tmp_path):
     path.write_bytes(bytes(1001))
     assert rejection(path, ImageLimits(max_bytes=1000)).startswith("image file too large: 1001")
     assert rejection(bytes(1001), ImageLimits(max_bytes=1000)).startswith("image file too large")
+
+
+def test_a_name_too_long_for_a_file_is_rejected():
+    assert rejection(Path("x" * 5000)).startswith("unreadable image file")

@@ -1,0 +1,276 @@
+"""Images per second and peak memory of encoding and decoding at the paper's sizes, against a plain implementation.
+
+.venv/bin/python benchmarks/encode.py                        # all sizes; writes benchmarks/results/encode_<device>.json
+.venv/bin/python benchmarks/encode.py --sizes B-16-256 --device cuda
+
+Every row is a process of its own, so that peaks are its own; the rows of a size are run in turn, round after round,
+and each rate is the median over the rounds. `plain` is attention with the softmax matrix written out
+(attn_implementation="eager"), all else equal; `x plain` compares with the plain row of the same precision.
+Utilisation is the analytic FLOPs over the rate of a large matrix product, measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from qlip.apps.demo import machine
+from qlip.core.log import console
+from qlip.models import QLIPDecoder, QLIPDecoderConfig, QLIPVisionConfig, QLIPVisionModel
+
+RESULTS = Path(os.environ.get("OUT", Path(__file__).parent / "results"))
+LARGE = {"hidden_size": 1024, "intermediate_size": 2730, "num_hidden_layers": 24, "num_attention_heads": 16}
+SIZES: dict[str, dict[str, int]] = {
+    "B-16-256": {"image_size": 256, "patch_size": 16},
+    "B-8-256": {"image_size": 256, "patch_size": 8},
+    "L-14-392": {"image_size": 392, "patch_size": 14, **LARGE},
+}
+BATCH = {"cpu": {"B-16-256": 16, "B-8-256": 8, "L-14-392": 4}, "cuda": {"B-16-256": 256, "B-8-256": 64, "L-14-392": 64}}
+MODES = ("fp32", "fp32 plain", "fp32 compiled", "bf16", "bf16 plain", "bf16 compiled")
+ROUNDS = {"cpu": 3, "cuda": 5}
+SECONDS_PER_ROW = {"cpu": 4.0, "cuda": 2.0}
+BYTES_PER_MB = 1e6
+
+
+class Encode(nn.Module):
+    """Pictures to bits."""
+
+    def __init__(self, size: str, attention: str) -> None:
+        super().__init__()
+        width = SIZES[size].get("hidden_size", 768)
+        config = QLIPVisionConfig(hidden_size_post_q=width, attn_implementation=attention, **SIZES[size])
+        self.model = QLIPVisionModel(config)
+
+    def example(self, batch: int) -> Tensor:
+        """(b, 3, S, S)."""
+        side = self.model.config.image_size
+        return torch.randn(batch, 3, side, side)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """(b, 3, S, S) -> (b, n, 28) bool."""
+        return self.model.quantize(pixel_values).bits
+
+
+class Decode(nn.Module):
+    """Latents behind the bottleneck to pictures; the bottleneck's upper half is a thousandth of the work."""
+
+    def __init__(self, size: str, attention: str) -> None:
+        super().__init__()
+        self.model = QLIPDecoder(QLIPDecoderConfig(attn_implementation=attention, **SIZES[size]))
+
+    def example(self, batch: int) -> Tensor:
+        """(b, n, d)."""
+        config = self.model.config
+        return torch.randn(batch, config.grid_size**2, config.hidden_size)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """(b, n, d) -> (b, 3, S, S)."""
+        return self.model(latents)
+
+
+JOBS = {"encode": Encode, "decode": Decode}
+
+
+def build(job: str, size: str, attention: str) -> Encode | Decode:
+    """With random weights, without the time that initialisation by the rules takes."""
+    with torch.device("meta"):
+        module = JOBS[job](size, attention)
+    module.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=0.02)
+    return module.eval()
+
+
+def flops_per_image(job: str, size: str) -> float:
+    """Multiplications and additions of one picture, attention included."""
+    with torch.device("meta"):
+        module = JOBS[job](size, "eager").eval()
+        example = module.example(1)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(example)
+    return float(counter.get_total_flops())
+
+
+# --- one row, in a process of its own --------------------------------------------------------------------------
+
+
+def resident_bytes(field: str) -> int:
+    """VmRSS now, or VmHWM since the last reset, of this process (Linux)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"{field} is not in /proc/self/status")
+
+
+def peak_memory(run: Any, device: str) -> float:
+    """MB that one call needs at its peak above what was held before it."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / BYTES_PER_MB
+    ctypes.CDLL(None).malloc_trim(0)
+    before = resident_bytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    run()
+    return (resident_bytes("VmHWM") - before) / BYTES_PER_MB
+
+
+@torch.inference_mode()
+def measure_row(job: str, size: str, mode: str, device: str, batch: int) -> dict[str, float]:
+    """Rate in images/s, peak MB of a call, and MB of the weights."""
+    module = build(job, size, "eager" if "plain" in mode else "sdpa")
+    dtype = torch.bfloat16 if mode.startswith("bf16") else torch.float32
+    module.to(device, dtype)
+    example = module.example(batch).to(device, dtype)
+    function = torch.compile(module, fullgraph=True) if "compiled" in mode else module
+
+    def run() -> None:
+        function(example)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    started = time.perf_counter()
+    run()
+    first = time.perf_counter() - started
+    for _ in range(1 if device == "cpu" else 5):
+        run()
+    peak = peak_memory(run, device)
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < SECONDS_PER_ROW[device]:
+        started = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - started)
+    weights = sum(p.numel() * p.element_size() for p in module.parameters()) / BYTES_PER_MB
+    return {"images_per_s": batch / median(times), "peak_mb": peak, "weights_mb": weights, "first_call_s": first}
+
+
+@torch.inference_mode()
+def matrix_product_flops(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of a large square matrix product: the peak that a model could reach."""
+    side = 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    rates = []
+    for _ in range(20 if device == "cuda" else 5):
+        started = time.perf_counter()
+        a @ b
+        if device == "cuda":
+            torch.cuda.synchronize()
+        rates.append(2 * side**3 / (time.perf_counter() - started))
+    return max(rates)
+
+
+# --- all rows --------------------------------------------------------------------------------------------------
+
+
+def row_in_process(job: str, size: str, mode: str, device: str, batch: int) -> dict[str, Any]:
+    """A row measured by a fresh interpreter, or why it could not be."""
+    command = [sys.executable, __file__, "--row", job, size, mode, device, str(batch)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"failed": (done.stderr.strip().splitlines() or ["no message"])[-1][:200]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure_size(job: str, size: str, device: str, modes: list[str], peaks: dict[str, float]) -> list[dict[str, Any]]:
+    """All modes of a job at a size, one after the other, round after round."""
+    batch = BATCH[device][size]
+    rounds: dict[str, list[dict[str, Any]]] = {mode: [] for mode in modes}
+    for number in range(ROUNDS[device]):
+        for mode in modes:
+            if not (rounds[mode] and "failed" in rounds[mode][0]):
+                rounds[mode].append(row_in_process(job, size, mode, device, batch))
+            last = rounds[mode][-1]
+            said = last.get("failed") or f"{last['images_per_s']:.2f} images/s"
+            console.print(f"{job} {size}  {mode:<14} round {number + 1}  {said}")
+    flops = flops_per_image(job, size)
+    rows = []
+    for mode, measured in rounds.items():
+        row: dict[str, Any] = {"job": job, "size": size, "mode": mode, "batch": batch, "gflop_per_image": flops / 1e9}
+        if "failed" in measured[0]:
+            rows.append(row | measured[0])
+            continue
+        rates = [r["images_per_s"] for r in measured]
+        row |= {name: median(r[name] for r in measured) for name in measured[0]}
+        row["images_per_s_range"] = [min(rates), max(rates)]
+        row["utilisation"] = row["images_per_s"] * flops / peaks[mode.split()[0]]
+        rows.append(row)
+    by_mode = {row["mode"]: row for row in rows}
+    for row in rows:
+        plain = by_mode.get(f"{row['mode'].split()[0]} plain", {"failed": ""})
+        if "failed" not in row and "failed" not in plain:
+            row["speed_x_plain"] = row["images_per_s"] / plain["images_per_s"]
+            row["peak_x_plain"] = row["peak_mb"] / plain["peak_mb"]
+    return rows
+
+
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    """One line a row; the ratios are to the plain row of the same precision."""
+    table = Table(title="encode and decode", title_justify="left")
+    for name in ("job", "size", "mode", "batch", "images/s", "x plain", "peak MB", "x plain", "of matmul peak"):
+        table.add_column(name, justify="left" if name in ("job", "size", "mode") else "right")
+    for row in rows:
+        start = [row["job"], row["size"], row["mode"], str(row["batch"])]
+        if "failed" in row:
+            table.add_row(*start, row["failed"])
+            continue
+        ratios = [f"{row[name]:.2f}" if name in row else "" for name in ("speed_x_plain", "peak_x_plain")]
+        table.add_row(
+            *start, f"{row['images_per_s']:.2f}", ratios[0], f"{row['peak_mb']:.0f}", ratios[1],
+            f"{row['utilisation']:.0%}",
+        )  # fmt: skip
+    console.print(table)
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--row", nargs=5, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.row:
+        job, size, mode, device, batch = options.row
+        print(json.dumps(measure_row(job, size, mode, device, int(batch))))
+        return
+    device = options.device
+    peaks = {
+        name: matrix_product_flops(device, dtype) for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+    }
+    rows = []
+    for size in options.sizes:
+        for job in options.jobs:
+            rows += measure_size(job, size, device, options.modes, peaks)
+    result = {
+        "date": time.strftime("%Y-%m-%d"),
+        "command": " ".join(["benchmarks/encode.py", *sys.argv[1:]]),
+        "machine": machine() | ({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}),
+        "threads": torch.get_num_threads(),
+        "matrix_product_gflop_per_s": {name: rate / 1e9 for name, rate in peaks.items()},
+        "rows": rows,
+    }
+    print_rows(rows)
+    RESULTS.mkdir(exist_ok=True, parents=True)
+    (RESULTS / f"encode_{device}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

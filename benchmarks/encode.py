@@ -3,10 +3,12 @@
 .venv/bin/python benchmarks/encode.py                        # all sizes; writes benchmarks/results/encode_<device>.json
 .venv/bin/python benchmarks/encode.py --sizes B-16-256 --device cuda
 
-Every row is a process of its own, so that peaks are its own; the rows of a size are run in turn, round after round,
-and each rate is the median over the rounds. `plain` is attention with the softmax matrix written out
-(attn_implementation="eager"), all else equal; `x plain` compares with the plain row of the same precision.
-Utilisation is the analytic FLOPs over the rate of a large matrix product, measured in the same run.
+The modes of a size take turns, call by call, so that a slow minute of the machine slows them all; a rate is the median
+over the calls, `x plain` the median over the rounds of the ratio to the plain mode of the same precision. `plain` is
+attention with the softmax matrix written out (attn_implementation="eager"), all else equal. Peaks are what one call
+needs above what was held before it, in a process of its own: on a CPU resident memory, with glibc told to map every
+large tensor on its own, so that what is freed goes back; on a GPU what the allocator says. Utilisation is counted FLOPs
+over the rate of a large matrix product, measured in the same run.
 """
 
 from __future__ import annotations
@@ -38,10 +40,11 @@ SIZES: dict[str, dict[str, int]] = {
     "B-8-256": {"image_size": 256, "patch_size": 8},
     "L-14-392": {"image_size": 392, "patch_size": 14, **LARGE},
 }
-BATCH = {"cpu": {"B-16-256": 16, "B-8-256": 8, "L-14-392": 4}, "cuda": {"B-16-256": 256, "B-8-256": 64, "L-14-392": 64}}
+BATCH = {"cpu": {"B-16-256": 8, "B-8-256": 2, "L-14-392": 2}, "cuda": {"B-16-256": 256, "B-8-256": 64, "L-14-392": 64}}
 MODES = ("fp32", "fp32 plain", "fp32 compiled", "bf16", "bf16 plain", "bf16 compiled")
-ROUNDS = {"cpu": 3, "cuda": 5}
-SECONDS_PER_ROW = {"cpu": 4.0, "cuda": 2.0}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ROUNDS = {"cpu": 5, "cuda": 30}
+RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # costs time, so rates are measured without it
 BYTES_PER_MB = 1e6
 
 
@@ -105,7 +108,7 @@ def flops_per_image(job: str, size: str) -> float:
     return float(counter.get_total_flops())
 
 
-# --- one row, in a process of its own --------------------------------------------------------------------------
+# --- one mode --------------------------------------------------------------------------
 
 
 def resident_bytes(field: str) -> int:
@@ -132,33 +135,47 @@ def peak_memory(run: Any, device: str) -> float:
     return (resident_bytes("VmHWM") - before) / BYTES_PER_MB
 
 
-@torch.inference_mode()
-def measure_row(job: str, size: str, mode: str, device: str, batch: int) -> dict[str, float]:
-    """Rate in images/s, peak MB of a call, and MB of the weights."""
-    module = build(job, size, "eager" if "plain" in mode else "sdpa")
-    dtype = torch.bfloat16 if mode.startswith("bf16") else torch.float32
-    module.to(device, dtype)
-    example = module.example(batch).to(device, dtype)
-    function = torch.compile(module, fullgraph=True) if "compiled" in mode else module
+class Mode:
+    """A job at a size in one of `MODES`, ready to be called."""
 
-    def run() -> None:
-        function(example)
-        if device == "cuda":
-            torch.cuda.synchronize()
+    def __init__(self, job: str, size: str, mode: str, device: str) -> None:
+        dtype = DTYPES[mode.split()[0]]
+        self.module = build(job, size, "eager" if "plain" in mode else "sdpa").to(device, dtype)
+        self.example = self.module.example(BATCH[device][size]).to(device, dtype)
+        self.function = torch.compile(self.module, fullgraph=True) if "compiled" in mode else self.module
+        self.on_gpu = device == "cuda"
 
-    started = time.perf_counter()
-    run()
-    first = time.perf_counter() - started
-    for _ in range(1 if device == "cpu" else 5):
-        run()
-    peak = peak_memory(run, device)
-    times: list[float] = []
-    while len(times) < 3 or sum(times) < SECONDS_PER_ROW[device]:
+    @torch.inference_mode()
+    def seconds(self) -> float:
+        """Of one call, waited for."""
         started = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - started)
-    weights = sum(p.numel() * p.element_size() for p in module.parameters()) / BYTES_PER_MB
-    return {"images_per_s": batch / median(times), "peak_mb": peak, "weights_mb": weights, "first_call_s": first}
+        self.function(self.example)
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+
+def measure_peak(job: str, size: str, mode: str, device: str) -> dict[str, float]:
+    """MB of the weights, and of a call beyond them; the first call, which may compile, does not count."""
+    ready = Mode(job, size, mode, device)
+    ready.seconds()
+    weights = sum(p.numel() * p.element_size() for p in ready.module.parameters()) / BYTES_PER_MB
+    return {"peak_mb": peak_memory(ready.seconds, device), "weights_mb": weights}
+
+
+def measure_rates(job: str, size: str, modes: list[str], device: str) -> dict[str, list[float]]:
+    """Seconds of every call of every mode, taken in turns; the first two of each are not counted."""
+    ready = {mode: Mode(job, size, mode, device) for mode in modes}
+    for mode in ready.values():
+        mode.seconds()
+        mode.seconds()
+    seconds: dict[str, list[float]] = {mode: [] for mode in modes}
+    for number in range(ROUNDS[device]):
+        for name, mode in ready.items():
+            seconds[name].append(mode.seconds())
+        said = ", ".join(f"{name} {times[-1]:.2f} s" for name, times in seconds.items())
+        console.print(f"{job} {size}  round {number + 1}: {said}")
+    return seconds
 
 
 @torch.inference_mode()
@@ -179,45 +196,34 @@ def matrix_product_flops(device: str, dtype: torch.dtype) -> float:
 # --- all rows --------------------------------------------------------------------------------------------------
 
 
-def row_in_process(job: str, size: str, mode: str, device: str, batch: int) -> dict[str, Any]:
-    """A row measured by a fresh interpreter, or why it could not be."""
-    command = [sys.executable, __file__, "--row", job, size, mode, device, str(batch)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def peak_in_process(job: str, size: str, mode: str, device: str) -> dict[str, Any]:
+    """The peak as a fresh interpreter measures it, or why it could not."""
+    command = [sys.executable, __file__, "--peak", job, size, mode, device]
+    environment = os.environ | RETURN_MEMORY
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         return {"failed": (done.stderr.strip().splitlines() or ["no message"])[-1][:200]}
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def measure_size(job: str, size: str, device: str, modes: list[str], peaks: dict[str, float]) -> list[dict[str, Any]]:
-    """All modes of a job at a size, one after the other, round after round."""
-    batch = BATCH[device][size]
-    rounds: dict[str, list[dict[str, Any]]] = {mode: [] for mode in modes}
-    for number in range(ROUNDS[device]):
-        for mode in modes:
-            if not (rounds[mode] and "failed" in rounds[mode][0]):
-                rounds[mode].append(row_in_process(job, size, mode, device, batch))
-            last = rounds[mode][-1]
-            said = last.get("failed") or f"{last['images_per_s']:.2f} images/s"
-            console.print(f"{job} {size}  {mode:<14} round {number + 1}  {said}")
-    flops = flops_per_image(job, size)
-    rows = []
-    for mode, measured in rounds.items():
-        row: dict[str, Any] = {"job": job, "size": size, "mode": mode, "batch": batch, "gflop_per_image": flops / 1e9}
-        if "failed" in measured[0]:
-            rows.append(row | measured[0])
-            continue
-        rates = [r["images_per_s"] for r in measured]
-        row |= {name: median(r[name] for r in measured) for name in measured[0]}
-        row["images_per_s_range"] = [min(rates), max(rates)]
-        row["utilisation"] = row["images_per_s"] * flops / peaks[mode.split()[0]]
-        rows.append(row)
-    by_mode = {row["mode"]: row for row in rows}
-    for row in rows:
-        plain = by_mode.get(f"{row['mode'].split()[0]} plain", {"failed": ""})
-        if "failed" not in row and "failed" not in plain:
-            row["speed_x_plain"] = row["images_per_s"] / plain["images_per_s"]
-            row["peak_x_plain"] = row["peak_mb"] / plain["peak_mb"]
-    return rows
+    """A row for every mode of a job at a size."""
+    flops, batch = flops_per_image(job, size), BATCH[device][size]
+    rows: dict[str, dict[str, Any]] = {}
+    for mode in modes:
+        rows[mode] = {"job": job, "size": size, "mode": mode, "batch": batch, "gflop_per_image": flops / 1e9}
+        rows[mode] |= peak_in_process(job, size, mode, device)
+    usable = [mode for mode, row in rows.items() if "failed" not in row]
+    seconds = measure_rates(job, size, usable, device)
+    for mode in usable:
+        row, times, precision = rows[mode], seconds[mode], mode.split()[0]
+        row["images_per_s"] = batch / median(times)
+        row["images_per_s_range"] = [batch / max(times), batch / min(times)]
+        row["utilisation"] = row["images_per_s"] * flops / peaks[precision]
+        if (plain := f"{precision} plain") in usable:
+            row["speed_x_plain"] = median(p / t for p, t in zip(seconds[plain], times, strict=True))
+            row["peak_x_plain"] = row["peak_mb"] / rows[plain]["peak_mb"]
+    return list(rows.values())
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
@@ -245,16 +251,13 @@ def main() -> None:
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--row", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.row:
-        job, size, mode, device, batch = options.row
-        print(json.dumps(measure_row(job, size, mode, device, int(batch))))
+    if options.peak:
+        print(json.dumps(measure_peak(*options.peak)))
         return
     device = options.device
-    peaks = {
-        name: matrix_product_flops(device, dtype) for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
-    }
+    peaks = {name: matrix_product_flops(device, dtype) for name, dtype in DTYPES.items()}
     rows = []
     for size in options.sizes:
         for job in options.jobs:
@@ -269,7 +272,8 @@ def main() -> None:
     }
     print_rows(rows)
     RESULTS.mkdir(exist_ok=True, parents=True)
-    (RESULTS / f"encode_{device}.json").write_text(json.dumps(result, indent=1) + "\n")
+    rounded = json.loads(json.dumps(result), parse_float=lambda digits: float(f"{float(digits):.4g}"))
+    (RESULTS / f"encode_{device}.json").write_text(json.dumps(rounded, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "data scenes": commands.data_scenes,
     "data inspect": commands.data_inspect,
     "reconstruct": commands.reconstruct,
+    "verify": commands.verify,
     "classify": commands.classify,
     "export": commands.export,
     "import": commands.import_command,

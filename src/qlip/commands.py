@@ -142,6 +142,42 @@ def reconstruct(
     reconstruct_images(model, list(images), out=out, device=device)
 
 
+def verify(
+    model: Positional[Path],
+    images: Positional[tuple[Path, ...]],
+    *,
+    device: str = "auto",
+    batch_sizes: tuple[int, ...] = (2, 8, 32),
+    max_images: int = 256,
+    compile: bool = True,
+    json: Path | None = None,
+) -> None:
+    """Count the bits that flip between batch sizes, precisions, devices and torch.compile, and show why.
+
+    Example: qlip verify runs/demo/stage2/export photos --max-images 16
+
+    Args:
+        model: Model folder.
+        images: Picture files, and folders of them at any depth.
+        device: auto, cpu, cuda, ...
+        batch_sizes: Pictures encoded together; sizes above the number of pictures are left out.
+        max_images: Use at most so many pictures, spread evenly over those found.
+        compile: Leave out torch.compile, whose compiling takes a minute.
+        json: Also write counts, margins and the protocol card to this file.
+    """
+    from qlip.apps.verify import verify_model
+
+    verify_model(
+        model,
+        images,
+        device=device,
+        batch_sizes=batch_sizes,
+        max_images=max_images,
+        compile=compile,
+        json=json,
+    )
+
+
 def classify(model: Positional[Path], image: Positional[Path], *, labels: str, device: str = "auto") -> None:
     """Score a picture against labels, most probable first.
 

@@ -9,6 +9,6 @@ import torch
 
 def float32_region(device_type: str) -> AbstractContextManager:
     """Autocast off; where it is not on there is nothing to enter, so that exporters and compilers see no context."""
-    if torch.is_autocast_enabled(device_type):
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):  # not on meta
         return torch.autocast(device_type, enabled=False)
     return nullcontext()

@@ -63,7 +63,7 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """
     wide = x.float()
     swapped = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    return torch.addcmul(wide * rotary.cos, swapped, rotary.signed_sin).to(x.dtype)
+    return (wide * rotary.cos).addcmul_(swapped, rotary.signed_sin).to(x.dtype)
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, dropout: float = 0.0) -> Tensor:
@@ -121,9 +121,10 @@ class Attention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         if rotary is not None:
-            q, k = rotate(q, rotary), rotate(k, rotary)
-        heads = self._attend(q, k, v, implementation)
-        return self.out_proj(self.inner_attn_ln(rearrange(heads, "b H n h -> b n (H h)")))
+            q = rotate(q, rotary)
+            k = rotate(k, rotary)
+        heads = rearrange(self._attend(q, k, v, implementation), "b H n h -> b n (H h)")
+        return self.out_proj(self.inner_attn_ln(heads))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, implementation: str) -> Tensor:
         dropout = self.dropout if self.training else 0.0

@@ -37,7 +37,12 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, n, d) -> (b, n, d)."""
-        return self.w3(self.ffn_ln(F.silu(self.w1(x)) * self.w2(x)))
+        return self.w3(self.ffn_ln(self._gated(x)))
+
+    def _gated(self, x: Tensor) -> Tensor:
+        """(b, n, d) -> (b, n, I), the widest tensors of the model: two of them without gradients, not three."""
+        gate, value = F.silu(self.w1(x)), self.w2(x)
+        return gate * value if torch.is_grad_enabled() else gate.mul_(value)
 
 
 class Mlp(nn.Module):

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -32,6 +31,7 @@ from qlip.models.qlip.eva_moves import (
 )
 from qlip.models.qlip.eva_sizes import EvaImportConfig, build_config
 from qlip.models.qlip.modeling import QLIPModel
+from qlip.nn.vision import resize_positions
 
 KERNEL = "vision_model.embeddings.patch_embedding.weight"
 OPTIONAL_PARTS = (  # what files may lack, but only as a whole
@@ -120,9 +120,7 @@ def _resize_positions(move: Move, shape: tuple[int, ...]) -> Tensor:
     grid, new_grid = math.isqrt(table.shape[0] - 1), math.isqrt(shape[0] - 1)
     if grid < 1 or grid**2 != table.shape[0] - 1:
         raise misshapen(move, "CLS and a square grid of patches")
-    patches = rearrange(table[1:], "(r c) d -> 1 d r c", r=grid)
-    patches = F.interpolate(patches, size=(new_grid, new_grid), mode="bicubic", align_corners=False)
-    return torch.cat([table[:1], rearrange(patches, "1 d r c -> (r c) d")])
+    return torch.cat([table[:1], resize_positions(table[1:], (new_grid, new_grid))])
 
 
 def _resize_kernel(move: Move, shape: tuple[int, ...]) -> Tensor:

@@ -10,19 +10,21 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.utils import logging as hub
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from transformers.utils import logging
 
 from qlip.core.errors import UserError
+from qlip.core.log import console
 from qlip.models.qlip import graphs
 from qlip.models.qlip.card import OUR_MARK, graphs_card, model_card
 from qlip.models.qlip.modeling import QLIPModel
 from qlip.models.qlip.official import official_config, official_tensors
 from qlip.models.qlip.pretrained import one_line
 from qlip.models.qlip.processing import QLIPProcessor
-from qlip.models.qlip.weight_files import refuse_what_is_no_source
+from qlip.models.qlip.weight_files import looks_like_hub_id, refuse_what_is_no_source
 
 EXPORT_MARKER = "trained_steps.txt"
 LOAD_ERRORS = (OSError, RuntimeError, ValueError, TypeError, SafetensorError, StrictDataclassError)
@@ -32,14 +34,17 @@ LAYOUTS: tuple[str, ...] = get_args(Layout)
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without its progress bars, which take milliseconds here, and its tables of tensors, which `UserError` names."""
-    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    """Without its progress bars, which take milliseconds here, its tables of tensors and its retries of the network,
+    of which `UserError` says what there is to say."""
+    shown, verbosity, hub_verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity(), hub.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    hub.set_verbosity_error()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
+        hub.set_verbosity(hub_verbosity)
         if shown:
             logging.enable_progress_bar()
 
@@ -49,6 +54,8 @@ def load_model(source: str | Path) -> QLIPModel:
 
     Raises `UserError` when it is no model, or tensors are missing, left over, misshapen or not finite.
     """
+    if looks_like_hub_id(source) and not Path(source).exists():
+        console.print(f"{source} is no folder here; looking for it on the Hugging Face hub")
     try:
         with quiet_transformers():
             return QLIPModel.from_pretrained(str(source)).eval()
@@ -97,6 +104,8 @@ def save_model(
         training = f", trained for {step} steps with `qlip train`" if step else ""
         card = graphs_card(model, layout) if layout in ("onnx", "pt2") else model_card(model, training=training)
         (temporary / "README.md").write_text(card)
+        for file in temporary.iterdir():  # safetensors makes files that nobody else on the machine may read
+            file.chmod((temporary / "README.md").stat().st_mode)
         if step is not None and layout == "qlip":
             (temporary / EXPORT_MARKER).write_text(str(step))
 

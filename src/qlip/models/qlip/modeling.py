@@ -184,11 +184,12 @@ class QLIPModel(QLIPPreTrainedModel):
 
 @contextmanager
 def _exact_float32(device_type: str) -> Iterator[None]:
-    """No autocast, and no TensorFloat-32 in matrix products and convolutions."""
+    """No autocast, no TensorFloat-32 in matrix products and convolutions, no algorithm chosen by a race."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
+    convolutions = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
     try:
-        with torch.autocast(device_type, enabled=False), torch.backends.cudnn.flags(allow_tf32=False):
+        with torch.autocast(device_type, enabled=False), convolutions:
             yield
     finally:
         torch.set_float32_matmul_precision(precision)

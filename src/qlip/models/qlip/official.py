@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["HUB_OPTIONS", "config_from_official", "is_official", "official_config", "official_tensors"]
 
-STORED_ROTARY_TABLES = r"(^|\.)rope\.freqs_(cos|sin)$"  # under any tower's name, or not at all; ours are computed
+COMPUTED_TENSORS = r"(^|\.)(rope\.freqs_(cos|sin)|position_ids)$"  # stored under any tower's name, or not at all
 
 BIASES = {"q_bias": True, "k_bias": True, "v_bias": True}
 TEXT_DEFAULTS = {

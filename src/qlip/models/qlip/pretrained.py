@@ -7,6 +7,7 @@ printing a table and going on with fresh tensors as transformers does.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,11 +20,12 @@ from transformers import initialization as init
 from qlip.core.errors import UserError
 from qlip.models.qlip.card import model_card
 from qlip.models.qlip.configuration import QLIPConfig
-from qlip.models.qlip.official import STORED_ROTARY_TABLES
+from qlip.models.qlip.official import COMPUTED_TENSORS
 from qlip.models.qlip.weight_files import (
     HUB_OPTIONS,
     StoredTensor,
     find_weight_files,
+    not_on_hub,
     read_headers,
     refuse_non_finite,
     refuse_unfit,
@@ -46,7 +48,7 @@ class QLIPPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["Block", "VisionEmbeddings", "TextEmbeddings"]
     _supports_sdpa = True
     _supports_flash_attn = True
-    _keys_to_ignore_on_load_unexpected = [STORED_ROTARY_TABLES]
+    _keys_to_ignore_on_load_unexpected = [COMPUTED_TENSORS]
 
     _part_name = ""
     """What this model is called inside a whole QLIP, whose other parts it leaves in the file."""
@@ -102,7 +104,7 @@ class QLIPPreTrainedModel(PreTrainedModel):
         config, kwargs = cls._read_config(source, hub, kwargs)
         stored = cls._stored_for_me(read_headers(find_weight_files(source, variant=kwargs.get("variant"), **hub)))
         with torch.device("meta"):
-            needed = _named_tensors(cls(config))
+            needed = cls(config).state_dict()
         any_shape = bool(kwargs.get("ignore_mismatched_sizes"))
         refuse_unfit(stored, needed, source=source, may_be_fresh=cls._may_be_fresh, any_shape=any_shape)
         refuse_non_finite(stored, source=source)
@@ -126,13 +128,15 @@ class QLIPPreTrainedModel(PreTrainedModel):
         except UserError as error:
             raise UserError(f"{source}: {error}") from None
         except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+            if isinstance(error, OSError) and not Path(given or source).exists():
+                raise not_on_hub(given or source, error) from error
             raise UserError(f"cannot load {source}: {one_line(error)}; export or download it again") from error
         return config, {name: value for name, value in others.items() if name not in HUB_OPTIONS} | kept
 
     @classmethod
     def _stored_for_me(cls, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-        """By the names of this model's own tensors: without stored rotary tables and parts of no concern here."""
-        own = {name: tensor for name, tensor in stored.items() if not _is_rotary_table(name)}
+        """By the names of this model's own tensors: without what is computed, and parts of no concern here."""
+        own = {name: tensor for name, tensor in stored.items() if not re.search(COMPUTED_TENSORS, name)}
         if cls._parts:
             own = {name: tensor for name, tensor in own.items() if name.split(".")[0] in cls._parts}
         prefix = f"{cls._part_name}."
@@ -146,14 +150,6 @@ class QLIPPreTrainedModel(PreTrainedModel):
         card = Path(save_directory) / "README.md"
         if kwargs.get("is_main_process", True) and not card.exists():
             card.write_text(model_card(self))
-
-
-def _is_rotary_table(name: str) -> bool:
-    return name.endswith(("rope.freqs_cos", "rope.freqs_sin"))
-
-
-def _named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    return dict(model.state_dict())
 
 
 def one_line(error: Exception) -> str:

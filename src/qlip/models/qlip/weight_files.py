@@ -65,11 +65,16 @@ def find_weight_files(source: str | os.PathLike, *, variant: str | None = None, 
 
 
 def refuse_what_is_no_source(source: str | os.PathLike) -> None:
-    """Raises `UserError` for what is neither a folder here nor has the form of a hub id."""
+    """Raises `UserError` for what is neither a folder here nor looks like a hub id."""
     if Path(source).is_file():
         raise UserError(f"{source} is a file; give the folder that holds config.json and {WEIGHTS}")
-    if not Path(source).exists() and not HUB_ID.fullmatch(str(source)):
+    if not Path(source).exists() and not looks_like_hub_id(source):
         raise UserError(f"{source} is not a model folder: there is nothing at that path; give a folder or a hub id")
+
+
+def looks_like_hub_id(source: str | os.PathLike) -> bool:
+    """`owner/name`, unless there is a folder `owner` here: then it is a path with a slip in it."""
+    return bool(HUB_ID.fullmatch(str(source))) and not Path(source).parent.exists()
 
 
 def _with_variant(name: str, variant: str | None) -> str:
@@ -80,9 +85,14 @@ def _resolve(source: str | os.PathLike, name: str, **hub: Any) -> Path | None:
     try:
         found = cached_file(str(source), name, _raise_exceptions_for_missing_entries=False, **hub)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{source} is no folder here, and the hub did not give it: {reason}") from error
+        raise not_on_hub(source, error) from error
     return None if found is None else Path(found)
+
+
+def not_on_hub(source: str | os.PathLike, error: Exception) -> UserError:
+    """What to say when a hub id could not be had."""
+    reason = str(error).strip().splitlines()[0].rstrip(".")
+    return UserError(f"{source} is no folder here, and the hub did not give it ({reason}); check name and network")
 
 
 def _shards(index: Path, source: str | os.PathLike, **hub: Any) -> list[Path]:
@@ -105,7 +115,7 @@ def _shards(index: Path, source: str | os.PathLike, **hub: Any) -> list[Path]:
 
 def tensor_names(source: str | os.PathLike, **hub: Any) -> set[str]:
     """Names of all stored tensors; empty where there are no weights, as beside a config alone."""
-    if not Path(source).is_dir() and not HUB_ID.fullmatch(str(source)):
+    if not Path(source).is_dir() and not looks_like_hub_id(source):
         return set()
     try:
         return set(read_headers(find_weight_files(source, **hub)))

@@ -1,6 +1,6 @@
 """Images per second and peak memory of encoding and decoding at the paper's sizes, against a plain implementation.
 
-.venv/bin/python benchmarks/encode.py                        # all sizes; writes benchmarks/results/encode_<device>.json
+.venv/bin/python benchmarks/encode.py      # half an hour on two cores; writes benchmarks/results/encode_<device>.json
 .venv/bin/python benchmarks/encode.py --sizes B-16-256 --device cuda
 
 The modes of a size take turns, call by call, so that a slow minute of the machine slows them all; a rate is the median
@@ -230,7 +230,7 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
     """One line a row; the ratios are to the plain row of the same precision."""
     table = Table(title="encode and decode", title_justify="left")
     for name in ("job", "size", "mode", "batch", "images/s", "x plain", "peak MB", "x plain", "of matmul peak"):
-        table.add_column(name, justify="left" if name in ("job", "size", "mode") else "right")
+        table.add_column(name, justify="left" if name in ("job", "size", "mode") else "right", no_wrap=True)
     for row in rows:
         start = [row["job"], row["size"], row["mode"], str(row["batch"])]
         if "failed" in row:

@@ -162,7 +162,7 @@ def verify(
         device: auto, cpu, cuda, ...
         batch_sizes: Pictures encoded together; sizes above the number of pictures are left out.
         max_images: Use at most so many pictures, spread evenly over those found.
-        compile: Leave out torch.compile, whose compiling takes a minute.
+        compile: Also compare torch.compile, whose compiling takes a minute; --no-compile leaves it out.
         json: Also write counts, margins and the protocol card to this file.
     """
     from qlip.apps.verify import verify_model

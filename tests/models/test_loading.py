@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from qlip.apps.export import export_model
 from qlip.core.errors import UserError
 from qlip.models.qlip.loading import load_model, load_processor, save_model
 from qlip.models.qlip.modeling import QLIPModel
@@ -173,3 +174,18 @@ def test_damage_to_the_processor_is_one_line(saved, tmp_path, name):
     message = str(error.value)
     assert str(folder) in message and "\n" not in message
     assert name in message or "cannot load the processor of" in message
+
+
+def test_an_export_that_has_become_more_than_one_is_kept(tmp_path, model, processor):
+    """A folder of transformers' own `save_pretrained`, and an export with a run's or a clone's folders beside it."""
+    model.save_pretrained(tmp_path / "theirs")
+    save_model(model, folder=tmp_path / "ours", processor=processor, step=1)
+    (tmp_path / "ours" / ".git").mkdir()
+    for folder in (tmp_path / "theirs", tmp_path / "ours"):
+        with pytest.raises(UserError, match="exists and is no export of ours"):
+            save_model(model, folder=folder, processor=processor, step=1)
+    save_model(model, folder=tmp_path / "again", processor=processor, step=None)
+    for out in (tmp_path / "again", tmp_path):
+        with pytest.raises(UserError, match="which would be replaced; choose another OUT"):
+            export_model(tmp_path / "again", out, layout="onnx", step=None)
+    assert (tmp_path / "again" / "model.safetensors").exists()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from random import Random
 
 import open_clip
 import pytest
 import torch
 
-from qlip.models.qlip.tokenizer import clip_tokenizer, text_tokenizer
+from qlip.models.qlip.tokenizer import clip_tokenizer, load_tokenizer, text_tokenizer
 
 TEXT = (
     "a an the red Orange yellow circle STAR ring picture photo of two three dogs on, in; under (left) right. it's "
@@ -83,3 +85,15 @@ def test_texts_are_padded_to_the_longest_and_cut_to_the_context():
     assert encoded["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
     assert encoded["input_ids"][:, -1].tolist() == [49407, 49407]
     assert tokenize(["cat"])["input_ids"].shape == (1, 3)
+
+
+def test_code_beside_a_tokenizer_is_not_run_and_nobody_is_asked(tmp_path, monkeypatch):
+    marker = tmp_path / "executed"
+    settings = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    clip_tokenizer(context_length=8).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Evil: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with contextlib.suppress(ValueError):
+        load_tokenizer(tmp_path, context_length=8, hub={})
+    assert not marker.exists()

@@ -198,3 +198,21 @@ def message(call) -> str:
         call()
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+def test_batch_invariant_encoding_works_beside_the_newer_precision_switches():
+    backends = torch.backends
+    before = backends.cuda.matmul.fp32_precision
+    try:
+        backends.cuda.matmul.fp32_precision = "tf32"
+        tiny_model().encode(pictures(1), batch_invariant=True)
+        assert backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        backends.cuda.matmul.fp32_precision = before
+
+
+def test_encoding_keeps_nothing_for_a_gradient():
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        tiny_model().encode(pictures(1))
+    assert saved == []

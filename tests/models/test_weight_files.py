@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import assert_same, tiny_config, tiny_model
+from transformers import AutoModel
 
 from qlip.core.errors import UserError
 from qlip.models import QLIPModel, QLIPVisionModel
@@ -197,6 +198,28 @@ def test_a_pickle_is_refused_and_not_executed(folder, name):
     assert marker.exists()
 
 
+def test_files_of_a_distributed_checkpoint_are_not_read_instead(folder):
+    """transformers prefers them to the files that were examined."""
+    state = {name: tensor * float("nan") for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(state, folder / "shard-99999-model-00001-of-00001.safetensors")
+    assert "shard-99999-model-00001-of-00001.safetensors of a distributed checkpoint" in refusal(folder)
+
+
+@pytest.mark.parametrize("load", [QLIPModel.from_pretrained, AutoModel.from_pretrained])
+def test_a_config_cannot_name_other_weights_or_unknown_fields(folder, load):
+    config = json.loads((folder / "config.json").read_text())
+    for field, value in (("transformers_weights", "adapter_model.bin"), ("projection_dims", 4)):
+        (folder / "config.json").write_text(json.dumps(config | {field: value}))
+        with pytest.raises(UserError, match=field):
+            load(folder)
+
+
+def test_names_of_tensors_cannot_break_the_line(folder):
+    change_tensors(folder, lambda state: state.update({"a\nb\x1b[31m" + "x" * 5000: torch.zeros(1)}))
+    said = refusal(folder)
+    assert said.isprintable() and len(said) < 600
+
+
 # --- sources ---------------------------------------------------------------------------------------------------
 
 
@@ -247,6 +270,10 @@ def test_a_hub_id_is_read_from_the_cache(folder, tmp_path):
         ('{"model_type": "qlip", "projection_dim": "4"}', "'projection_dim' expected int, got str"),
         ('{"model_type": "qlip", "projection_dim": 99999999}', "projection_dim must be at least 1 and at most 65536"),
         ('{"model_type": "qlip", "text_config": 5}', ""),
+        ('{"model_type": "qlip", "dtype": "float33"}', ""),
+        ('{"model_type": "qlip", "id2label": "ab"}', ""),
+        ('{"model_type": "qlip", "num_labels": 1000000000}', "num_labels is 1000000000; at most"),
+        ("[" * 100_000, ""),
     ],
 )
 def test_a_wrong_config_is_one_line(folder, text, said):

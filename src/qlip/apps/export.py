@@ -12,6 +12,8 @@ from qlip.recipes.run import load_run
 
 def export_model(src: Path, out: Path, *, layout: Layout, step: int | None) -> None:
     """Raises `UserError` for what is neither a run nor a model, and for what the layout cannot hold."""
+    if src.exists() and out.resolve() in (src.resolve(), *src.resolve().parents):
+        raise UserError(f"{src} lies in {out}, which would be replaced; choose another OUT")
     if (src / "checkpoints").is_dir():
         model, processor, found_step = load_run(src, step=step)
         named = f"step {found_step} of {src}"

@@ -18,6 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from qlip.core.precision import float32_kind
 from qlip.engine.parallel import autocast
 from qlip.models.qlip.modeling import QLIPModel
 
@@ -117,7 +118,7 @@ def reference(model: QLIPModel, place: torch.device) -> Iterator[Encode]:
 
 @contextmanager
 def _plain(model: QLIPModel, place: torch.device) -> Iterator[Encode]:
-    with _float32_kind():
+    with float32_kind():
         yield _encoder(model, place, batch_invariant=False)
 
 
@@ -143,7 +144,7 @@ def _one_thread(model: QLIPModel, place: torch.device) -> Iterator[Encode]:
 
 @contextmanager
 def _tf32(model: QLIPModel, place: torch.device, *, products: bool) -> Iterator[Encode]:
-    with _float32_kind(tf32_convolutions=True, tf32_products=products):
+    with float32_kind(convolutions="tf32", products="tf32" if products else "ieee"):
         yield _encoder(model, place, batch_invariant=False)
 
 
@@ -166,7 +167,7 @@ def _compiled(model: QLIPModel, place: torch.device, *, bf16: bool = False) -> I
 
     compiled = torch.compile(bits_of, dynamic=False)
     try:
-        with _float32_kind(), autocast(place, "bf16" if bf16 else "fp32"):
+        with float32_kind(), autocast(place, "bf16" if bf16 else "fp32"):
             yield lambda pixels: compiled(pixels.to(place)).cpu()
     finally:
         torch.compiler.reset()
@@ -180,16 +181,3 @@ def _on_device(model: QLIPModel, place: torch.device, *, kind: str) -> Iterator[
         yield _encoder(model, other, batch_invariant=True)
     finally:
         model.vision_model.to(place)
-
-
-@contextmanager
-def _float32_kind(*, tf32_convolutions: bool = False, tf32_products: bool = False) -> Iterator[None]:
-    """Whether a GPU may round float32 factors to TensorFloat-32; a CPU does not."""
-    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high" if tf32_products else "highest")
-    torch.backends.cudnn.allow_tf32 = tf32_convolutions
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = convolutions
-        torch.set_float32_matmul_precision(products)

@@ -16,10 +16,17 @@ from torch.utils.checkpoint import checkpoint
 
 from qlip.nn.attention import Attention, Rotary
 
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """``x sigmoid(1.702 x)``, the activation of OpenAI's CLIP."""
+    return x * torch.sigmoid(1.702 * x)
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # OpenAI's CLIP
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": quick_gelu,
     "relu": F.relu,
     "silu": F.silu,
 }

@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+MAX_GROUP_SIZE = 16  # a group of g bits has 2^g codes, which entropies enumerate and codebooks hold
+
 
 @dataclass(kw_only=True, slots=True)
 class Quantized:
@@ -26,6 +28,9 @@ class Quantized:
     """Scalar terms to be weighted by a task: `quantizer` in training, none in evaluation."""
     stats: dict[str, Tensor] = field(default_factory=dict)
     """Scalars to be logged, without gradient; none in evaluation."""
+
+
+torch.export.register_dataclass(Quantized)  # models that return it can be exported
 
 
 class Quantizer(Protocol):
@@ -59,6 +64,12 @@ def digit_bits(digits: Tensor, num_bits: int) -> Tensor:
 
 
 def check_group_size(num_bits: int, group_size: int) -> None:
-    """Raise `ValueError` when the group size does not divide the bits or needs more than 2^16 codes."""
-    if group_size < 1 or num_bits % group_size or group_size > 16:
-        raise ValueError(f"group_size {group_size} must divide {num_bits} bits and be at most 16 (2^g codes)")
+    """Raise `ValueError` when the group size does not divide the bits."""
+    if group_size < 1 or num_bits % group_size:
+        raise ValueError(f"group_size {group_size} must divide {num_bits} bits")
+
+
+def check_num_codes(group_size: int) -> None:
+    """Raise `ValueError` when a group has too many codes to be enumerated."""
+    if group_size > MAX_GROUP_SIZE:
+        raise ValueError(f"group_size {group_size} makes 2^{group_size} codes: use at most {MAX_GROUP_SIZE} bits")

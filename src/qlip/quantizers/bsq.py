@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from qlip.core.distributed import mean_over_ranks
 from qlip.core.precision import float32_region
-from qlip.quantizers.base import Quantized, check_group_size, digit_bits, straight_through
+from qlip.quantizers.base import Quantized, check_group_size, check_num_codes, digit_bits, straight_through
 
 
 def code_value(num_bits: int, *, unit_codes: bool) -> float:
@@ -55,7 +55,9 @@ def codebook_entropy(u: Tensor, *, inv_temperature: float, group_size: int, unit
 
     (b, n, L) -> (). Group size 1 needs only the mean of each bit; group size g enumerates the 2^g codes of every
     group (g = 9 costs 512 numbers per group and token). The mean runs over all ranks **before** the entropy.
+    Raises `ValueError` for groups of more than 16 bits.
     """
+    check_num_codes(group_size)
     if group_size == 1:
         p = bit_probabilities(u, inv_temperature=inv_temperature, unit_codes=unit_codes)
         return binary_entropy(mean_over_ranks(p.flatten(0, -2).mean(0))).sum()
@@ -99,7 +101,7 @@ class BinarySphericalQuantizer(nn.Module):
 
         `unit_codes` gives code vectors norm 1, entries +-1/sqrt(L), and divides the straight-through gradient by
         sqrt(L); without it entries are +-1 and the gradient is the identity. Eq 1 has gamma_0 = 1 and beta = 0.
-        Raises `ValueError` when the group size does not divide the bits or needs more than 2^16 codes.
+        Raises `ValueError` when the group size does not divide the bits; in training, when it is above 16.
         """
         super().__init__()
         check_group_size(num_bits, group_size)

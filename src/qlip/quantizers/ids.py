@@ -21,7 +21,12 @@ def _weights(num_bits: int, device: torch.device) -> Tensor:
 
 
 def bits_to_ids(bits: Tensor) -> Tensor:
-    """(..., L) bool -> (...) int64 ids in [0, 2^L); bit 0 is the most significant. L is at most 62."""
+    """(..., L) bool -> (...) int64 ids in [0, 2^L); bit 0 is the most significant. L is at most 62.
+
+    Raises `ValueError` for floats, which are code vectors rather than bits.
+    """
+    if bits.is_floating_point():
+        raise ValueError(f"bits must be bool, got {bits.dtype}: these look like code vectors; compare them with 0")
     return (bits.to(torch.int64) * _weights(bits.shape[-1], bits.device)).sum(-1)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from qlip.core.distributed import mean_over_ranks
 from qlip.core.errors import UserError
 from qlip.core.precision import float32_region
-from qlip.quantizers.base import Quantized, check_group_size, digit_bits, straight_through
+from qlip.quantizers.base import Quantized, check_group_size, check_num_codes, digit_bits, straight_through
 from qlip.quantizers.bsq import bit_stats, codebook_entropy, sample_entropy
 from qlip.quantizers.ids import bits_to_ids, bits_to_subcodes
 
@@ -133,6 +133,7 @@ class LookupFreeQuantizer(nn.Module):
         """
         super().__init__()
         check_group_size(num_bits, group_size)
+        check_num_codes(group_size)
         self.num_bits = num_bits
         self.latent_dim = num_bits
         self.group_size = group_size
@@ -179,6 +180,7 @@ class VectorQuantizer(nn.Module):
         """
         super().__init__()
         check_group_size(num_bits, group_size)
+        check_num_codes(group_size)
         if commitment_weight <= 0:
             raise ValueError(f"commitment_weight must be above 0, got {commitment_weight}: it trains the codebook")
         self.num_bits = num_bits

@@ -28,6 +28,7 @@ from qlip.models.qlip.loading import EXPORT_MARKER, load_model, load_processor, 
 from qlip.models.qlip.modeling import QLIPModel
 from qlip.models.qlip.processing import QLIPProcessor
 from qlip.models.qlip.tokenizer import text_tokenizer
+from qlip.quantizers.base import check_num_codes
 from qlip.recipes import RECIPES, find_recipe
 from qlip.tasks.align import AlignConfig, AlignTask
 from qlip.tasks.reconstruct import ReconstructConfig, ReconstructTask
@@ -80,6 +81,7 @@ class ModelConfig:
 
     def build_config(self) -> QLIPConfig:
         """The transformers config of this size."""
+        check_num_codes(self.group_size)
         grid = {"image_size": self.image_size, "patch_size": self.patch_size}
         text = QLIPTextConfig(max_position_embeddings=self.context_length, **_tower(self.text))
         vision = QLIPVisionConfig(

@@ -7,23 +7,22 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-OUR_MARK = "library_name: qlip"
-CARD = f"""---
-{OUR_MARK}
+CARD = """---
+library_name: qlip
 license: other
 license_name: see-the-card
-pipeline_tag: {{pipeline_tag}}
+pipeline_tag: {pipeline_tag}
 tags: [qlip, visual-tokenizer, binary-spherical-quantization]
 ---
 
-# {{title}}
+# {title}
 
-{{description}}
+{description}
 
 The weights have the licence that whoever trained them gave them; write it above. The code, `qlip`, is Apache-2.0.
 
 ```python
-{{example}}
+{example}
 ```
 """
 

@@ -50,6 +50,8 @@ class QLIPForImageClassification(QLIPPreTrainedModel):
         **kwargs: object,
     ) -> ImageClassifierOutput:
         """(b, 3, S, S) -> `logits` (b, num_labels), and `loss` by `config.problem_type` when there are `labels`."""
+        if output_hidden_states is None and self.config.output_hidden_states:
+            output_hidden_states = True
         vision = self.vision_model(
             pixel_values,
             output_hidden_states=output_hidden_states,

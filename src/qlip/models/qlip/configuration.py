@@ -30,6 +30,18 @@ LIMITS = {  # far above any model, far below what would fill a machine while the
     "vocab_size": 16_777_216,
     "max_position_embeddings": 1_048_576,
     "projection_dim": 65_536,
+    "num_labels": 1_048_576,
+}
+FINITE = {  # field: smallest and largest value
+    "layer_norm_eps": (0.0, 1.0),
+    "initializer_range": (0.0, 1e3),
+    "attention_dropout": (0.0, 1.0),
+    "quantizer_inv_temperature": (1e-6, 1e6),
+    "logit_scale_init_value": (-100.0, 100.0),
+}
+GENERIC_FIELDS = {  # what transformers and its Trainer write beside a config's own fields
+    *("auto_map", "dtype", "torch_dtype", "architectures", "quantization_config", "use_cache", "tie_word_embeddings"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "transformers_weights"),
 }
 
 POOLINGS = ("cls", "mean", "cls+mean")
@@ -40,6 +52,9 @@ def _check_sizes(config: PreTrainedConfig) -> None:
         value = getattr(config, name, 1)
         if not 1 <= value <= largest:
             raise ValueError(f"{name} must be at least 1 and at most {largest}, got {value}")
+    for name, (smallest, most) in FINITE.items():
+        if not smallest <= getattr(config, name, smallest) <= most:  # NaN fails too
+            raise ValueError(f"{name} must be from {smallest:g} to {most:g}, got {getattr(config, name)}")
 
 
 def _check_tower(config: "QLIPTextConfig | QLIPVisionConfig | QLIPDecoderConfig") -> None:
@@ -68,7 +83,7 @@ class QLIPPreTrainedConfig(PreTrainedConfig):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The dictionary in config.json, translated from the released layout when it is in that.
 
-        Raises `UserError` for another kind of model, and naming the first field that our layout does not have.
+        Raises `UserError` for another kind of model.
         """
         hub = {name: kwargs[name] for name in official.HUB_OPTIONS if name in kwargs}
         values, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
@@ -77,18 +92,27 @@ class QLIPPreTrainedConfig(PreTrainedConfig):
         if official.is_official(values):
             return official.config_from_official(values, pretrained_model_name_or_path, **hub), unused
         kind = values.get("model_type")
-        if kind in (cls.model_type, QLIPConfig.model_type):
-            refuse_unknown_fields(values, cls if kind == cls.model_type else QLIPConfig)
-        elif not cls.base_config_key or cls.base_config_key not in values:
+        is_ours = kind in (cls.model_type, QLIPConfig.model_type)
+        if not is_ours and (not cls.base_config_key or cls.base_config_key not in values):
             what = f"holds a {kind!r} model, not {cls.model_type!r}" if kind else "is not a model folder"
             raise UserError(f"it {what}; give the `export` folder of a run, or `qlip export RUN OUT` first")
         return values, unused
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers', which its Auto classes call too. Raises `UserError` naming the first unknown field."""
+        if config_dict.get("model_type") == cls.model_type:
+            refuse_unknown_fields(config_dict, cls)
+        return super().from_dict(config_dict, **kwargs)
 
 
 def refuse_unknown_fields(values: dict[str, Any], config_class: type[PreTrainedConfig], *, path: str = "") -> None:
     """transformers keeps a mistyped field as an attribute nobody reads. Raises `UserError` naming the nearest."""
     own = {field.name for field in fields(config_class)}
-    generic = set(PreTrainedConfig().to_dict()) | {"auto_map", "dtype", "torch_dtype", "architectures"}
+    generic = set(PreTrainedConfig().to_dict()) | GENERIC_FIELDS
+    labels = values.get("num_labels", 0)
+    if isinstance(labels, int) and labels > LIMITS["num_labels"]:
+        raise UserError(f"config.json: {path}num_labels is {labels}; at most {LIMITS['num_labels']} are possible")
     for name, value in values.items():
         part = config_class.sub_configs_defaults.get(name)
         if part is not None and isinstance(value, dict):

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from qlip.core.errors import UserError
 from qlip.models.qlip.eva_keys import is_text, leftover_reason, source_of, targets_of
-from qlip.models.qlip.foreign_weights import read_tensors, shown
+from qlip.models.qlip.foreign_weights import read_tensors
+from qlip.models.qlip.weight_files import shown
 
 CLASS_EMBEDDING = "vision_model.embeddings.class_embedding"
 POSITIONS = "vision_model.embeddings.position_embedding.weight"

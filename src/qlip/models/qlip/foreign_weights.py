@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qlip.core.errors import UserError
-from qlip.models.qlip.weight_files import read_headers
+from qlip.models.qlip.weight_files import read_headers, shown
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 WRAPPERS = ("model", "module", "state_dict")
@@ -45,11 +45,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     while all(key.startswith("module.") for key in tensors):
         tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
     return {key: _checked(tensor.detach(), key=key, path=path) for key, tensor in tensors.items()}
-
-
-def shown(key: str) -> str:
-    """A key as it may stand in an error of one line, whatever it holds."""
-    return key if key.isprintable() and 0 < len(key) <= 100 else f"{key[:100]!r}"
 
 
 def _unwrap(content: Any) -> dict:

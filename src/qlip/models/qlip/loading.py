@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, get_args
 
-from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import logging as hub
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -19,15 +18,16 @@ from transformers.utils import logging
 from qlip.core.errors import UserError
 from qlip.core.log import console
 from qlip.models.qlip import graphs
-from qlip.models.qlip.card import OUR_MARK, graphs_card, model_card
+from qlip.models.qlip.card import graphs_card, model_card
 from qlip.models.qlip.modeling import QLIPModel
 from qlip.models.qlip.official import official_config, official_tensors
-from qlip.models.qlip.pretrained import one_line
+from qlip.models.qlip.pretrained import CONFIG_ERRORS, one_line
 from qlip.models.qlip.processing import QLIPProcessor
 from qlip.models.qlip.weight_files import looks_like_hub_id, refuse_what_is_no_source
 
 EXPORT_MARKER = "trained_steps.txt"
-LOAD_ERRORS = (OSError, RuntimeError, ValueError, TypeError, SafetensorError, StrictDataclassError)
+REPLACEABLE = ".qlip-export"  # in every folder that `save_model` wrote, and in no other
+LOAD_ERRORS = (*CONFIG_ERRORS, RuntimeError, SafetensorError)
 Layout = Literal["qlip", "official", "onnx", "pt2"]
 LAYOUTS: tuple[str, ...] = get_args(Layout)
 
@@ -104,6 +104,7 @@ def save_model(
         training = f", trained for {step} steps with `qlip train`" if step else ""
         card = graphs_card(model, layout) if layout in ("onnx", "pt2") else model_card(model, training=training)
         (temporary / "README.md").write_text(card)
+        (temporary / REPLACEABLE).touch()
         for file in temporary.iterdir():  # safetensors makes files that nobody else on the machine may read
             file.chmod((temporary / "README.md").stat().st_mode)
         if step is not None and layout == "qlip":
@@ -150,5 +151,6 @@ def _replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def _is_export(folder: Path) -> bool:
-    card = folder / "README.md"
-    return (folder / EXPORT_MARKER).exists() or (card.is_file() and OUR_MARK in card.read_text(errors="replace"))
+    """Written by `save_model`, and no folder has been put beside its files since."""
+    marked = any((folder / name).is_file() for name in (REPLACEABLE, EXPORT_MARKER))
+    return marked and not any(path.is_dir() for path in folder.iterdir())

@@ -7,8 +7,6 @@ Tensor names and shapes are those of the released checkpoints, so their weights 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
 
+from qlip.core.precision import float32_kind
 from qlip.models.qlip.configuration import QLIPConfig
 from qlip.models.qlip.pretrained import QLIPPreTrainedModel
 from qlip.models.qlip.towers import QLIPDecoder, QLIPTextModel, QLIPVisionModel, QLIPVisionOutput
@@ -73,18 +72,27 @@ class QLIPModel(QLIPPreTrainedModel):
         """Replace the text tower's token table."""
         self.text_model.set_input_embeddings(value)
 
-    def get_image_features(self, pixel_values: Tensor, *, interpolate_pos_encoding: bool = False) -> QLIPVisionOutput:
-        """(b, 3, S, S) -> vision output whose `pooler_output` is the projected image embedding (b, e), not normed."""
-        output = self.vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+    def get_image_features(self, pixel_values: Tensor, **options: Any) -> QLIPVisionOutput:
+        """(b, 3, S, S) -> vision output whose `pooler_output` is the projected image embedding (b, e), not normed.
+
+        `options` are those of `QLIPVisionModel.forward`.
+        """
+        output = self.vision_model(pixel_values, **(options | {"return_dict": True}))
         output.pooler_output = self.visual_projection(output.pooler_output)
         return output
 
-    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> BaseModelOutputWithPooling:
-        """(b, t) ids -> text output whose `pooler_output` is the projected text embedding (b, e), not normed."""
-        output = self.text_model(input_ids, attention_mask)
+    def get_text_features(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
+    ) -> BaseModelOutputWithPooling:
+        """(b, t) ids -> text output whose `pooler_output` is the projected text embedding (b, e), not normed.
+
+        `options` are those of `QLIPTextModel.forward`.
+        """
+        output = self.text_model(input_ids, attention_mask, **(options | {"return_dict": True}))
         output.pooler_output = self.text_projection(output.pooler_output)
         return output
 
+    @torch.no_grad()  # bits carry no gradient, so nothing is kept for one
     def encode(
         self, pixel_values: Tensor, *, batch_invariant: bool = False, interpolate_pos_encoding: bool = False
     ) -> Tensor:
@@ -100,7 +108,7 @@ class QLIPModel(QLIPPreTrainedModel):
             return self.vision_model.quantize(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding).bits
         if self.vision_model.post_layernorm.weight.dtype != torch.float32:
             raise ValueError("batch-invariant encoding needs float32 weights: call model.float() first")
-        with _exact_float32(pixel_values.device.type):
+        with float32_kind(), torch.autocast(pixel_values.device.type, enabled=False):
             quantized = (
                 self.vision_model.quantize(picture, interpolate_pos_encoding=interpolate_pos_encoding)
                 for picture in pixel_values.float().split(1)
@@ -158,6 +166,8 @@ class QLIPModel(QLIPPreTrainedModel):
         **_: object,
     ) -> QLIPOutput:
         """Pixels (b, 3, S, S) and/or texts (t, length) -> `QLIPOutput` with whatever can be computed."""
+        if output_hidden_states is None and self.config.output_hidden_states:
+            output_hidden_states = True
         found: dict[str, Any] = {}
         if pixel_values is not None:
             vision = self.vision_model(
@@ -180,16 +190,3 @@ class QLIPModel(QLIPPreTrainedModel):
             found["logits_per_image"] = scale * found["image_embeds"] @ found["text_embeds"].T
             found["logits_per_text"] = found["logits_per_image"].T
         return QLIPOutput(**found)
-
-
-@contextmanager
-def _exact_float32(device_type: str) -> Iterator[None]:
-    """No autocast, no TensorFloat-32 in matrix products and convolutions, no algorithm chosen by a race."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    convolutions = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
-    try:
-        with torch.autocast(device_type, enabled=False), convolutions:
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)

@@ -80,6 +80,10 @@ def config_from_official(config: Mapping[str, Any], source: str | os.PathLike, *
     Whether the projections have a bias is read from the tensor names of `source` where the config does not say.
     Raises `ValueError` for a quantizer other than bsq or none.
     """
+    for name in ("text_config", "vision_config", "decoder_config"):
+        section = config.get(name)
+        if section is not None and not isinstance(section, dict):
+            raise ValueError(f"{name} must be an object, got {section!r:.50}")
     vision = _section(config.get("vision_config"), TOWER_DEFAULTS)
     decoder = _section(config.get("decoder_config"), TOWER_DEFAULTS)
     return {
@@ -106,7 +110,10 @@ def _value(section: Mapping[str, Any], name: str, default: Any) -> Any:
 
 
 def _section(section: Mapping[str, Any] | None, defaults: dict[str, Any]) -> dict[str, Any]:
-    return {name: _value(section or {}, name, default) for name, default in defaults.items()}
+    values = {name: _value(section or {}, name, default) for name, default in defaults.items()}
+    if values.get("swiglu"):
+        values["hidden_act"] = defaults["hidden_act"]  # has no effect there
+    return values
 
 
 def _quantizer(vision: Mapping[str, Any], *, hidden_size: int) -> dict[str, Any]:
@@ -114,6 +121,8 @@ def _quantizer(vision: Mapping[str, Any], *, hidden_size: int) -> dict[str, Any]
     if kind not in ("bsq", "none"):
         raise ValueError(f"vision_config.quantizer {kind!r} is unknown in the released layout; known: bsq, none")
     settings = vision.get("quantizer_cfg") or {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"vision_config.quantizer_cfg must be an object, got {settings!r:.50}")
     return {
         "quantizer": kind,
         "quantizer_embed_type": _value(vision, "quantizer_embed_type", "identity"),

@@ -34,6 +34,7 @@ from qlip.models.qlip.weight_files import (
 from qlip.nn.vision import VisionEmbeddings
 from qlip.quantizers.others import VectorQuantizer
 
+CONFIG_ERRORS = (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError, StrictDataclassError)
 NO_CONFIG_FIELDS = ("dtype", "torch_dtype", "attn_implementation")  # options of loading that configs have as well
 
 
@@ -102,6 +103,8 @@ class QLIPPreTrainedModel(PreTrainedModel):
             return super().from_pretrained(source, *args, **kwargs)
         hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         config, kwargs = cls._read_config(source, hub, kwargs)
+        if getattr(config, "transformers_weights", None) is not None:
+            raise UserError(f"{source}: config.json names another weight file (transformers_weights); remove the field")
         stored = cls._stored_for_me(read_headers(find_weight_files(source, variant=kwargs.get("variant"), **hub)))
         with torch.device("meta"):
             needed = cls(config).state_dict()
@@ -127,7 +130,7 @@ class QLIPPreTrainedModel(PreTrainedModel):
             )
         except UserError as error:
             raise UserError(f"{source}: {error}") from None
-        except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+        except CONFIG_ERRORS as error:
             if isinstance(error, OSError) and not Path(given or source).exists():
                 raise not_on_hub(given or source, error) from error
             raise UserError(f"cannot load {source}: {one_line(error)}; export or download it again") from error

@@ -35,6 +35,7 @@ CLIP_IMAGE_PROCESSORS = (
 )
 DEFAULT_SIZES = {True: 224, False: 256}  # of a config.json that gives none: in the released layout, in ours
 CLIP_CONTEXT_LENGTH = 77
+LARGEST_SIDE = 65_536
 MEANINGLESS_HERE = ("trust_remote_code", "code_revision", "_from_auto", "_from_pipeline", "_commit_hash")
 
 
@@ -160,6 +161,13 @@ def image_processor_from(settings: dict[str, Any], *, source: str | Path = "imag
         values = settings.get(name)
         if values is not None and not _three_numbers(values):
             raise UserError(f"{source}: {name} must be three numbers, got {values!r}; mend the file")
+    if any(std <= 0 for std in settings.get("image_std") or ()):
+        raise UserError(f"{source}: image_std must be above 0, got {settings['image_std']}; mend the file")
+    for name in ("size", "crop_size"):
+        given = settings.get(name)
+        sides = given.values() if isinstance(given, dict) else [given]
+        if any(isinstance(side, int) and not 1 <= side <= LARGEST_SIDE for side in sides):
+            raise UserError(f"{source}: {name} must have sides from 1 to {LARGEST_SIDE}, got {given}; mend the file")
     try:
         return CLIPImageProcessorPil(**settings)
     except (TypeError, ValueError, AttributeError) as error:

@@ -96,7 +96,7 @@ def load_tokenizer(source: str | Path, *, context_length: int, hub: dict[str, An
     try:
         settings = {} if config_file is None else json.loads(Path(config_file).read_text(encoding="utf-8"))
         ours = settings.get("tokenizer_class", CLIP_TOKENIZERS[0]) in CLIP_TOKENIZERS
-        tokenizer = (CLIPTokenizer if ours else AutoTokenizer).from_pretrained(source, **hub)
+        tokenizer = (CLIPTokenizer if ours else AutoTokenizer).from_pretrained(source, **hub, trust_remote_code=False)
     except OSError:
         raise
     except Exception as error:  # the readers raise nearly every type on broken files

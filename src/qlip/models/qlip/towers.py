@@ -208,7 +208,8 @@ class QLIPTextModel(QLIPPreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("text",)
     _keys_to_ignore_on_load_unexpected = [
-        r"^(vision_model|vision_decoder|visual_projection|text_projection)\.|^logit_scale$"
+        *(QLIPPreTrainedModel._keys_to_ignore_on_load_unexpected or ()),
+        r"^(vision_model|vision_decoder|visual_projection|text_projection)\.|^logit_scale$",
     ]
 
     def __init__(self, config: QLIPTextConfig) -> None:

@@ -25,7 +25,7 @@ HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "re
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
-MAX_HEADER_BYTES = 100_000_000
+MAX_HEADER_BYTES = 10_000_000  # a hundred times that of the largest model here
 ITEM_SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 ITEM_SIZES |= {"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -50,11 +50,14 @@ def find_weight_files(source: str | os.PathLike, *, variant: str | None = None, 
     Raises `UserError` when there are none, naming a pickle if that is all there is.
     """
     refuse_what_is_no_source(source)
+    folder = Path(source, hub.get("subfolder") or "")
+    distributed = next(folder.glob("shard-*.safetensors"), None) if folder.is_dir() else None
+    if distributed is not None:  # transformers would load these instead of the files examined here
+        raise UserError(f"{source} holds {distributed.name} of a distributed checkpoint; save the model again without")
     for name in (WEIGHTS, INDEX):
         path = _resolve(source, _with_variant(name, variant), **hub)
         if path is not None:
             return [path] if name == WEIGHTS else _shards(path, source, **hub)
-    folder = Path(source, hub.get("subfolder") or "")
     pickles = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES) if folder.is_dir() else []
     if pickles:
         raise UserError(
@@ -97,9 +100,11 @@ def not_on_hub(source: str | os.PathLike, error: Exception) -> UserError:
 
 def _shards(index: Path, source: str | os.PathLike, **hub: Any) -> list[Path]:
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
+        content = json.loads(index.read_text())
+        weight_map = content["weight_map"]
         names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        content["metadata"].get("total_size")  # transformers asks for it
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{index} is damaged ({type(error).__name__}); export or download it again") from None
     files = []
     for name in names:
@@ -132,7 +137,7 @@ def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
     for file in files:
         for name, tensor in _read_header(file):
             if name in stored:
-                raise UserError(f"{file} holds {name} twice; export or download it again")
+                raise UserError(f"{file} holds {shown(name)} twice; export or download it again")
             stored[name] = tensor
     return stored
 
@@ -153,13 +158,18 @@ def _read_header(file: Path) -> Iterator[tuple[str, StoredTensor]]:
     for name, entry in sorted(entries, key=_first_byte):
         tensor = _stored_tensor(name, entry, file, data_start=8 + length, expected_start=position)
         if tensor is None:
-            raise UserError(f"{file}: the header's entry of {name} makes no sense; {again}")
+            raise UserError(f"{file}: the header's entry of {shown(name)} makes no sense; {again}")
         if tensor.end > size:
-            raise UserError(f"{file} is cut off: {name} ends at byte {tensor.end}, the file at {size}; {again}")
+            raise UserError(f"{file} is cut off: {shown(name)} ends at byte {tensor.end}, the file at {size}; {again}")
         position = tensor.end
         yield name, tensor
     if position != size:
         raise UserError(f"{file} has {size - position} bytes behind its last tensor; {again}")
+
+
+def shown(name: str) -> str:
+    """A tensor's name as it may stand in an error of one line, whatever it holds."""
+    return name if name.isprintable() and 0 < len(name) <= 100 else f"{name[:100]!r}"
 
 
 def _first_byte(item: tuple[str, dict[str, Any]]) -> tuple[int, int]:
@@ -202,7 +212,7 @@ def refuse_unfit(
     for kind, names in (("missing", missing), ("unexpected", unexpected)):
         if names:
             raise UserError(
-                f"{source}: {len(names)} {kind} keys, first {names[0]}; "
+                f"{source}: {len(names)} {kind} keys, first {shown(names[0])}; "
                 "weights and config.json do not belong together: export or download them again"
             )
     mismatched = [] if any_shape else sorted(n for n in stored if stored[n].shape != tuple(needed[n].shape))

@@ -43,7 +43,6 @@ GENERIC_FIELDS = {  # what transformers and its Trainer write beside a config's 
     *("auto_map", "dtype", "torch_dtype", "architectures", "quantization_config", "use_cache", "tie_word_embeddings"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "transformers_weights"),
 }
-
 POOLINGS = ("cls", "mean", "cls+mean")
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable
 
 from qlip import __version__, commands
 from qlip.core.arguments import parse_arguments
-from qlip.core.errors import UserError, nearest_name
+from qlip.core.errors import RankError, UserError, nearest_name
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": commands.demo,
-    "train": commands.train,  # parses its own arguments: its options depend on the recipe
+    "train": commands.train,
+    "balance": commands.balance,
+    "check": commands.check,
     "eval": commands.evaluate,
     "data scenes": commands.data_scenes,
     "data inspect": commands.data_inspect,
@@ -54,8 +57,8 @@ def dispatch(arguments: list[str]) -> None:
                 return
             name = " ".join(arguments[:2])
         raise UserError(f"command {name!r} is unknown: {nearest_name(name, COMMANDS)}")
-    if name == "train":
-        commands.train(arguments[1:])
+    if name in ("train", "balance", "check"):  # parse their own arguments: the options depend on the recipe
+        COMMANDS[name](arguments[1:])
     else:
         parse_arguments(COMMANDS[name], arguments[words:], prog=f"qlip {name}")()
 
@@ -71,7 +74,8 @@ def main() -> None:
     try:
         dispatch(sys.argv[1:])
     except UserError as error:
-        print(f"qlip: {_last_line(error)}", file=sys.stderr)
+        if isinstance(error, RankError) or os.environ.get("RANK", "0") == "0":  # what all ranks meet is said once
+            print(f"qlip: {_last_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("qlip: stopped; start the same command again to go on from the last checkpoint", file=sys.stderr)

@@ -30,6 +30,33 @@ examples:
   qlip train scenes_tiny_stage2 --data.train PATH --task.init runs/mine/export
 """
 
+BALANCE_HELP = """usage: qlip balance RECIPE [--out FOLDER] [--steps N] [--field value ...]
+
+Find the weight of the pixel loss: train on alignment alone and on reconstruction alone, and take the ratio of their
+final losses. Starting again in the same folder resumes.
+
+options:
+  --out FOLDER        for both trainings and balance.json (default runs/RECIPE_balance)
+  --steps N           optimizer steps of each training (default: the recipe's)
+  --field value       any field of the recipe; `qlip balance RECIPE --help` lists them all
+
+Example: qlip balance scenes_tiny --data.train PATH --steps 500 --task.optimizer.warmup-steps 25
+"""
+
+CHECK_HELP = """usage: qlip check RECIPE [--gpus N] [--vram GB] [--mfu SHARE] [--tflops T] [--field value ...]
+
+Say what a run will need, without a GPU: parameters, FLOPs, memory, the largest batches, time, and what is missing.
+
+options:
+  --gpus N            GPUs of the run (default 1)
+  --vram GB           memory of one GPU (default 80)
+  --mfu SHARE         share of the peak that training is assumed to reach (default 0.35)
+  --tflops T          bf16 peak of one GPU (default 989, an H100)
+  --field value       any field of the recipe; `qlip check RECIPE --help` lists them all
+
+Example: qlip check qlip_b_16_256 --gpus 8 --vram 80
+"""
+
 
 def demo(*, out: Path = Path("runs/demo"), train_scenes: int = 40_000, test_scenes: int = 4_000, seed: int = 0) -> None:
     """Make scenes, train both stages, evaluate, and write OUT/report.html; run it again to resume.
@@ -113,7 +140,7 @@ def data_inspect(src: Positional[str], *, limit: int | None = None, caption_fiel
     Example: qlip data inspect 'PATH/{00000..00009}.tar'
 
     Args:
-        src: A folder, PATH/{00000..00009}.tar, or several joined by ::.
+        src: A folder, PATH/{00000..00009}.tar, or several joined by ::; local or remote (s3://, https://, hf://).
         limit: Look at no more than so many samples.
         caption_field: Member that holds the caption.
     """
@@ -226,6 +253,7 @@ def import_command(
     patch_size: int = 16,
     head_dim: int = 64,
     decoder_layers: int | None = None,
+    quantizer: Literal["bsq", "none"] = "bsq",
     seed: int = 0,
 ) -> None:
     """Start a model from weights of others: EVA-02 or EVA02-CLIP become a model folder, bottleneck and decoder fresh.
@@ -241,13 +269,14 @@ def import_command(
         patch_size: Side of its patches in pixels; the patch kernel is resized to it.
         head_dim: Width of one attention head of the imported towers, which files do not tell.
         decoder_layers: Blocks of the fresh decoder; as many as the encoder's if not given.
+        quantizer: bsq, or none for a model whose decoder sees the encoder's states (recipe 2 of Table 3c).
         seed: Seed of the fresh weights.
     """
     from qlip.apps.import_weights import import_weights
     from qlip.models.qlip.eva_sizes import EvaImportConfig
 
     grid = {"image_size": image_size, "patch_size": patch_size}
-    config = EvaImportConfig(**grid, head_dim=head_dim, decoder_layers=decoder_layers, seed=seed)
+    config = EvaImportConfig(**grid, head_dim=head_dim, decoder_layers=decoder_layers, quantizer=quantizer, seed=seed)
     import_weights(kind, src, out, text_from=text_from, config=config)
 
 
@@ -261,14 +290,44 @@ def doctor() -> None:
 def train(arguments: list[str]) -> None:
     """Train a recipe, or resume it: qlip train RECIPE [--field value ...]"""
     if not arguments or arguments[0] in ("-h", "--help"):
-        recipes = "\n".join(f"  {name:<22}{summary}" for name, (_, summary) in RECIPES.items())
+        recipes = "\n".join(f"  {name:<28}{summary}" for name, (_, summary) in RECIPES.items())
         print(TRAIN_HELP.format(recipes=recipes))
         return
     name, options = arguments[0], arguments[1:]
     base = find_recipe(name)
+    from qlip.core.distributed import stop
     from qlip.recipes.run import TrainOptions, run_recipe
 
     options = parse_arguments(
         TrainOptions, options, prog=f"qlip train {name}", default=TrainOptions(run=base, out=Path("runs") / name)
     )
     run_recipe(options.run, folder=options.out, accept_changes=options.accept_changes)
+    stop()
+
+
+def balance(arguments: list[str]) -> None:
+    """Find the weight of the pixel loss from two trainings: qlip balance RECIPE [--field value ...]"""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(BALANCE_HELP)
+        return
+    name = arguments[0]
+    base = find_recipe(name)
+    from qlip.apps.balance import BalanceOptions, run_balance
+    from qlip.core.distributed import stop
+
+    default = BalanceOptions(run=base, out=Path("runs") / f"{name}_balance")
+    options = parse_arguments(BalanceOptions, arguments[1:], prog=f"qlip balance {name}", default=default)
+    run_balance(options.run, out=options.out, steps=options.steps)
+    stop()
+
+
+def check(arguments: list[str]) -> None:
+    """Say what a run will need, without a GPU: qlip check RECIPE --gpus 8 --vram 80 [--field value ...]"""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(CHECK_HELP)
+        return
+    name = arguments[0]
+    base = find_recipe(name)
+    from qlip.apps.check import CheckOptions, run_check
+
+    run_check(parse_arguments(CheckOptions, arguments[1:], prog=f"qlip check {name}", default=CheckOptions(run=base)))

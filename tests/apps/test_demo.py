@@ -12,7 +12,7 @@ from qlip.models.qlip.fingerprint import model_fingerprint
 from qlip.models.qlip.loading import save_model
 from qlip.models.qlip.modeling import QLIPModel
 from qlip.models.qlip.processing import QLIPProcessor
-from qlip.recipes.run import ModelConfig, TowerSize
+from qlip.recipes.model import ModelConfig, TowerSize
 
 TOWER = TowerSize(hidden_size=16, num_layers=1, num_heads=2, intermediate_size=16)
 

@@ -21,7 +21,7 @@ from qlip.data.scenes import COLOUR_NAMES, SHAPE_NAMES, SceneConfig
 from qlip.models.qlip.loading import save_model
 from qlip.models.qlip.modeling import QLIPModel
 from qlip.models.qlip.processing import QLIPProcessor
-from qlip.recipes.run import ModelConfig, TowerSize
+from qlip.recipes.model import ModelConfig, TowerSize
 
 SIZE = 16
 HOSTILE = "<script>alert(1)</script> & \"quoted\" 'too'"

@@ -8,7 +8,7 @@ from tiny_runs import Shell
 from qlip.models.qlip.loading import save_model
 from qlip.models.qlip.modeling import QLIPModel
 from qlip.models.qlip.processing import QLIPProcessor
-from qlip.recipes.run import ModelConfig, TowerSize
+from qlip.recipes.model import ModelConfig, TowerSize
 
 
 @pytest.fixture

@@ -126,7 +126,7 @@ def test_ctrl_c_is_one_line_and_the_run_goes_on(qlip, scenes, tmp_path):
         while process.poll() is None and len(read_metrics(run / "metrics.jsonl")) < 103:  # between two checkpoints
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=120)
     finally:
         process.kill()
     assert err == "qlip: stopped; start the same command again to go on from the last checkpoint\n"

@@ -7,8 +7,11 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
+import torch
 from PIL import Image
 
+from qlip.data.batches import DataConfig, training_loader
+from qlip.data.loaders import TrainingLoader
 from qlip.data.sample_parts import ShardConfig
 from qlip.data.shards import ShardDataset
 from qlip.data.tar_reader import RawSample
@@ -60,3 +63,25 @@ def dataset(shards: Path | str, *, repeat: bool = False, rank: int = 0, num_rank
     ledger = options.pop("ledger", None)
     config = ShardConfig(shards=str(shards), **options)
     return ShardDataset(config, decode=decode, repeat=repeat, rank=rank, num_ranks=num_ranks, ledger=ledger)
+
+
+def write_uneven(folder: Path, *, num_shards: int = 8) -> list[str]:
+    """Shards of 1, 2, 3, ... samples."""
+    keys = []
+    for shard in range(num_shards):
+        names = [f"{shard:05d}{i:04d}" for i in range(shard + 1)]
+        write_tar(folder / f"{shard:05d}.tar", [member for name in names for member in pair(name)])
+        keys += names
+    return keys
+
+
+def lengths(texts: list[str]) -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.tensor([[len(text)] for text in texts]), "attention_mask": torch.ones(len(texts), 1)}
+
+
+def loader_of(folder: Path | str, *, rank: int = 0, num_ranks: int = 1, seed: int = 0, **options) -> TrainingLoader:
+    config = DataConfig(train=str(folder), **({"batch_size": 2, "num_workers": 0, "shuffle_buffer": 5} | options))
+    ledger = Path(folder.split("::")[0] if isinstance(folder, str) else folder) / "skipped.jsonl"
+    return training_loader(
+        config, image_size=4, tokenize=lengths, seed=seed, ledger=ledger, rank=rank, num_ranks=num_ranks
+    )

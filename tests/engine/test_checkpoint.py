@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,13 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemWriter
 
 from qlip.core.errors import UserError
-from qlip.engine.checkpoint import checkpoint_folders, load_checkpoint, load_module, save_checkpoint
+from qlip.engine.checkpoint import (
+    CheckpointWriter,
+    TrainingState,
+    checkpoint_folders,
+    load_checkpoint,
+    load_module,
+)
 from qlip.engine.interfaces import OptimizerConfig
 from qlip.engine.optim import build_optimizer
 from qlip.engine.parallel import exponential_average, update_average
@@ -54,13 +61,14 @@ class State:
         update_average(self.averages["model"], self.modules["model"])
 
     def save(self, folder: Path, step: int, *, keep: int = 2) -> Path:
-        return save_checkpoint(folder, step=step, loader_state={"at": [step]}, keep=keep, **self._parts())
+        CheckpointWriter(folder, keep=keep, background=False).save(step, self.whole(), loader={"at": [step]})
+        return folder / "checkpoints" / f"step_{step:08d}"
 
-    def load(self, checkpoint: Path) -> tuple[int, dict]:
-        return load_checkpoint(checkpoint, **self._parts())
+    def load(self, checkpoint: Path) -> tuple[int, list[dict]]:
+        return load_checkpoint(checkpoint, self.whole())
 
-    def _parts(self) -> dict:
-        return {"modules": self.modules, "averages": self.averages, "optimizers": self.optimizers}
+    def whole(self) -> TrainingState:
+        return TrainingState(modules=self.modules, averages=self.averages, optimizers=self.optimizers)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a step depends on."""
@@ -91,7 +99,7 @@ def test_everything_comes_back_bit_for_bit(tmp_path):
     state.step()
     after = state.tensors()
     other = State(1)
-    assert other.load(checkpoint) == (3, {"at": [3]})
+    assert other.load(checkpoint) == (3, [{"at": [3]}])
     assert_equal(other.tensors(), saved)
     other.step()  # draws from the restored random state
     assert_equal(other.tensors(), after)
@@ -205,6 +213,64 @@ def test_a_disk_that_fills_up_at_the_last_file_leaves_no_half_folder(tmp_path, m
         patch.setattr(Path, "write_text", write_text)
         state.save(tmp_path, 2)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
+
+
+def test_in_the_background_the_state_of_the_moment_is_saved_and_appears_whole(tmp_path):
+    state = State(0)
+    state.step()
+    saved = state.tensors()
+    writer = CheckpointWriter(tmp_path, keep=1, background=True)
+    writer.save(1, state.whole(), loader={"at": [1]})
+    state.step()  # while it is being written
+    writer.finish()
+    other = State(1)
+    assert other.load(tmp_path / "checkpoints" / "step_00000001") == (1, [{"at": [1]}])
+    assert_equal(other.tensors(), saved)
+    writer.save(2, state.whole(), loader={})
+    for _ in range(1000):
+        writer.poll()
+        if checkpoint_folders(tmp_path)[0].name == "step_00000002":
+            break
+        time.sleep(0.01)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000002"]
+
+
+def test_a_background_save_that_fails_is_one_line_at_the_next_call(tmp_path, monkeypatch):
+    state = State(0)
+    writer = CheckpointWriter(tmp_path, keep=2, background=True)
+    writer.save(1, state.whole(), loader={})
+    writer.finish()
+
+    def full(*_args: object, **_options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", full)
+    writer.save(2, state.whole(), loader={})
+    with pytest.raises(UserError, match=r"step_00000002: .*No space left on device; free disk space"):
+        writer.finish()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
+    writer.finish()  # nothing is under way any more
+
+
+@pytest.mark.parametrize("damage", ["cut", "metadata", "position", "other model"])
+def test_a_damaged_checkpoint_is_one_line_that_says_what_to_do(tmp_path, damage):
+    state = State(0)
+    state.step()
+    checkpoint = state.save(tmp_path, 1)
+    other = State(1)
+    if damage == "cut":
+        tensors = next(checkpoint.glob("*.distcp"))
+        tensors.write_bytes(tensors.read_bytes()[:100])
+    elif damage == "metadata":
+        (checkpoint / ".metadata").write_bytes(b"")
+    elif damage == "position":
+        (checkpoint / "position.json").write_text('{"step": 1')
+    else:
+        other.modules["model"] = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+        other.averages["model"] = exponential_average(other.modules["model"], 0.9)
+    with pytest.raises(UserError, match=r"step_00000001 cannot be resumed: .*; delete it to resume") as error:
+        other.load(checkpoint)
+    assert "\n" not in str(error.value)
 
 
 def test_ctrl_c_during_a_save_stays_ctrl_c_and_costs_no_earlier_checkpoint(tmp_path, monkeypatch):

@@ -11,14 +11,15 @@ from qlip.engine.parallel import (
     autocast,
     averaged_module,
     exponential_average,
+    make_scalars_vectors,
     pick_device,
-    refuse_several_processes,
+    pick_parallel,
     set_activation_checkpointing,
     update_average,
 )
 from qlip.models.qlip.modeling import QLIPModel
 from qlip.nn.blocks import BlockStack
-from qlip.recipes.run import ModelConfig, TowerSize
+from qlip.recipes.model import ModelConfig, TowerSize
 
 
 def test_average_is_the_closed_form_of_the_recursion():
@@ -71,14 +72,23 @@ def test_activation_checkpointing_gives_equal_gradients():
     assert not any(stack.gradient_checkpointing for stack in stacks)
 
 
-def test_several_processes_are_refused_in_one_line(monkeypatch):
+def test_the_kind_of_parallelism_follows_the_number_of_processes(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    refuse_several_processes()
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    refuse_several_processes()
+    assert {pick_parallel(kind) for kind in ("auto", "none", "ddp", "fsdp")} == {"none"}
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="start `qlip train` without torchrun"):
-        refuse_several_processes()
+    assert [pick_parallel(kind) for kind in ("auto", "ddp", "fsdp")] == ["ddp", "ddp", "fsdp"]
+    with pytest.raises(UserError, match="torchrun started 2 processes: take ddp or fsdp, or start one process"):
+        pick_parallel("none")
+
+
+def test_scalars_become_vectors_with_the_same_value_and_permission():
+    module = nn.Module()
+    module.scale, module.rest = nn.Parameter(torch.tensor(2.5)), nn.Parameter(torch.ones(2, 3))
+    module.frozen = nn.Parameter(torch.tensor(1.0), requires_grad=False)
+    make_scalars_vectors(module)
+    shapes = {name: (tuple(p.shape), p.requires_grad) for name, p in module.named_parameters()}
+    assert shapes == {"scale": ((1,), True), "rest": ((2, 3), True), "frozen": ((1,), False)}
+    assert module.scale.item() == 2.5
 
 
 @pytest.mark.parametrize("name", ["cuda:99", "tpu", "meta:x"])

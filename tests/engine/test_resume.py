@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_training import CLI_SIZES, assert_same_runs, curves, exported_weights, tiny_run, write_tiny_scenes
+import torch.distributed.checkpoint as dcp
+from tiny_training import (
+    CLI_SIZES,
+    PLACES,
+    assert_same_runs,
+    curves,
+    die_at,
+    exported_weights,
+    tiny_run,
+    write_tiny_scenes,
+)
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from qlip.core.errors import UserError
 from qlip.engine.checkpoint import checkpoint_folders
@@ -34,54 +46,85 @@ def finished(tmp_path_factory, data) -> Path:
     return folder
 
 
-def kill_after_a_checkpoint(process: subprocess.Popen | multiprocessing.Process, run: Path) -> None:
-    """SIGKILL at a random moment after the run's next checkpoint."""
-    before = checkpoint_folders(run)
-    while checkpoint_folders(run)[-1:] == before[-1:]:
-        assert process.poll() is None if isinstance(process, subprocess.Popen) else process.is_alive()
-        time.sleep(0.002)
-    time.sleep(random.Random().uniform(0, 0.05))
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait() if isinstance(process, subprocess.Popen) else process.join()
-    assert not (run / "export").exists()
+TWO_DEATHS = (("9", "before the optimizer"), ("17", "while saving"))
 
 
-def test_command_killed_twice_ends_like_an_uninterrupted_run(tmp_path, data, finished, capsys):
+def test_command_killed_twice_ends_like_an_uninterrupted_run(tmp_path, data, finished):
     run = tmp_path / "killed"
     options = [
         *("--data.train", data, "--out", str(run), "--model.image-size", "24", *CLI_SIZES),
         *("--model.initializer-range", "0.02", "--data.batch-size", "4", "--data.shuffle-buffer", "16"),
-        *("--trainer.steps", "40", "--trainer.log-every", "1", "--trainer.save-every", "7"),
+        *("--data.num-workers", "0", "--trainer.steps", "40", "--trainer.log-every", "1", "--trainer.save-every", "7"),
         *("--trainer.device", "cpu", "--trainer.precision", "fp32"),
     ]
-    command = [sys.executable, "-c", "import torch; torch.set_num_threads(1); from qlip.cli import main; main()"]
-    command += ["train", "scenes_tiny", *options]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        kill_after_a_checkpoint(process, run)
-    config = tiny_run(
-        "scenes_tiny", data, image_size=24, steps=40
-    )  # equal to the options above, or resuming would be refused
-    process = forked(config, run)
-    kill_after_a_checkpoint(process, run)
-    run_recipe(config, folder=run)
-    assert f"resuming {run} at step" in capsys.readouterr().out
+    for step, place in TWO_DEATHS:
+        script = (
+            "import sys, torch; torch.set_num_threads(1); from tiny_training import die_at; from qlip.cli import main"
+        )
+        command = [
+            sys.executable,
+            "-c",
+            f"{script}; die_at({step}, {place!r}); main()",
+            "train",
+            "scenes_tiny",
+            *options,
+        ]
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+        assert subprocess.run(command, stdout=subprocess.DEVNULL, env=environment).returncode == -signal.SIGKILL
+    assert [path.name for path in checkpoint_folders(run)] == ["step_00000007", "step_00000014"]
+    run_recipe(tiny_run("scenes_tiny", data, image_size=24, steps=40), folder=run)  # equal to the options above
     assert_same_runs(run, finished)
 
 
-def forked(config: RunConfig, run: Path) -> multiprocessing.Process:
-    """The run in a process of its own, without the seconds that imports take."""
-    process = multiprocessing.get_context("fork").Process(target=run_recipe, args=(config,), kwargs={"folder": run})
+def forked(config: RunConfig, run: Path, *, step: int, place: str) -> int:
+    """Run in a process of its own, without the seconds that imports take, that dies there. Returns its exit code."""
+
+    def target() -> None:
+        die_at(step, place)
+        run_recipe(config, folder=run)
+
+    process = multiprocessing.get_context("fork").Process(target=target)
     process.start()
-    return process
+    process.join()
+    return process.exitcode
 
 
-def test_killed_run_with_worker_processes_resumes_bit_for_bit(tmp_path, data):
-    config = tiny_run("scenes_tiny", data, steps=20)
-    config.data.num_workers = 2
-    run_recipe(config, folder=tmp_path / "straight")
-    kill_after_a_checkpoint(forked(config, tmp_path / "killed"), tmp_path / "killed")
-    run_recipe(config, folder=tmp_path / "killed")
-    assert_same_runs(tmp_path / "killed", tmp_path / "straight")
+def state_of(run: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a run's newest checkpoint: weights, averages, discriminator, optimizers, random state."""
+    reader = FileSystemReader(checkpoint_folders(run)[-1])
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_killed_ten_times_at_random_points_ends_like_an_uninterrupted_run(tmp_path, data, finished, num_workers):
+    """Stage 2, so two networks, two optimizers and an average; saved in the background without workers."""
+    config = tiny_run("scenes_tiny_stage2", data, image_size=24, steps=24)
+    config.task.init = str(finished / "export")
+    config.task.r1_every, config.task.lecam_weight = 3, 0.1
+    config.task.discriminator_channel_base, config.task.discriminator_max_channels = 64, 8
+    config.data.num_workers, config.trainer.save_every = num_workers, 3
+    config.trainer.ema_decay, config.trainer.async_save = 0.9, num_workers == 0
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    run_recipe(config, folder=straight)
+    seed = random.SystemRandom().randrange(10**6)
+    drawn = random.Random(seed)
+    points = sorted((drawn.randrange(24), drawn.choice(PLACES)) for _ in range(10 if num_workers == 0 else 2))
+    for step, place in points:
+        if forked(config, killed, step=step, place=place) != -signal.SIGKILL:
+            assert step >= 22, (seed, points)  # the last checkpoint may be whole before this place is reached
+    run_recipe(config, folder=killed)
+    assert_same_runs(killed, straight)
+    ours, others = state_of(killed), state_of(straight)
+    assert ours.keys() == others.keys() and len(ours) > 200
+    assert [name for name in ours if not torch.equal(ours[name], others[name])] == [], (seed, points)
+    positions = [json.loads((checkpoint_folders(run)[-1] / "position.json").read_text()) for run in (killed, straight)]
+    assert positions[0] == positions[1]
 
 
 class StoppedError(Exception):
@@ -91,10 +134,10 @@ class StoppedError(Exception):
 def stop_at(monkeypatch, step: int) -> None:
     whole = Trainer.train_step
 
-    def train_step(self, batch):
+    def train_step(self, batches):
         if self.step == step:
             raise StoppedError
-        return whole(self, batch)
+        return whole(self, batches)
 
     monkeypatch.setattr(Trainer, "train_step", train_step)
 

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_training import CountingLoader, LinearTask
+from tiny_training import CountingLoader, LinearTask, no_tracker
 from torch import nn
 
 from qlip.core.log import read_metrics
 from qlip.engine.interfaces import OptimizerConfig, Phase
-from qlip.engine.trainer import Trainer, TrainerConfig, mean_figures, only_training, summary, train
+from qlip.engine.reporter import mean_figures, summary
+from qlip.engine.steps import only_training
+from qlip.engine.trainer import Trainer, TrainerConfig, train
 
 
 def config(**changes) -> TrainerConfig:
@@ -60,6 +62,7 @@ def run(task: LinearTask, folder: Path, **changes) -> dict[str, torch.Tensor]:
         title="t",
         batch_size=4,
         evaluators={"draws": DrawingEvaluator()},
+        tracker=no_tracker,
         export=lambda model: exported.update({k: v.clone() for k, v in model.state_dict().items()}),
     )
     return exported
@@ -74,10 +77,10 @@ def test_evaluations_and_resumes_leave_the_random_state_alone(tmp_path, monkeypa
     evaluated = run(NoisyTask(), tmp_path / "evaluated", eval_every=2, log_every=3)
     whole = Trainer.train_step
 
-    def train_step(self, batch):
+    def train_step(self, batches):
         if self.step == 6:
             raise InterruptedError
-        return whole(self, batch)
+        return whole(self, batches)
 
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
         patch.setattr(Trainer, "train_step", train_step)
@@ -101,7 +104,7 @@ def test_steps_are_adamw_by_hand(tmp_path):
     )
     rates = [0.05, 0.1, 0.1, 0.1 * 0.5 * (1 + torch.tensor(torch.pi / 8).cos().item())]
     for batch, rate in zip(CountingLoader(), rates, strict=False):
-        figures = trainer.train_step(batch)
+        figures = trainer.train_step([batch])
         loss = twin(batch["pixel_values"].flatten(1)).square().mean()
         loss.backward()
         torch.testing.assert_close(figures["loss"], loss.detach())
@@ -121,7 +124,7 @@ def test_clip_norm_zero_turns_clipping_off(tmp_path):
     for clip_norm in (0.0, 1e9):
         task = LinearTask(optimizer=OptimizerConfig(name="lamb", lr=0.1, clip_norm=clip_norm))
         trainer = Trainer(task, CountingLoader(), config(), tmp_path)
-        trainer.train_step(next(iter(CountingLoader())))
+        trainer.train_step([next(iter(CountingLoader()))])
         weights.append(task.model.weight.detach().clone())
     assert torch.equal(*weights)
 

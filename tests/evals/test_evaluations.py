@@ -26,7 +26,7 @@ from qlip.models.qlip.loading import load_model, save_model
 from qlip.models.qlip.modeling import QLIPModel
 from qlip.models.qlip.processing import QLIPProcessor
 from qlip.models.qlip.tokenizer import text_tokenizer
-from qlip.recipes.run import ModelConfig, TowerSize
+from qlip.recipes.model import ModelConfig, TowerSize
 
 NUM = 70
 CPU = torch.device("cpu")

@@ -1,113 +1,27 @@
-"""The discriminator's size, layers and second derivatives, against numpy loops and closed forms."""
+"""GAN losses, penalties, weights and crops of the adversary, against closed forms, loops and finite differences."""
 
 from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
 
 from qlip.losses.adversarial import (
-    Discriminator,
-    EqualisedConv,
-    EqualisedLinear,
-    ResidualBlock,
-    blur,
+    LecamPenalty,
+    adaptive_weight,
     discriminator_loss,
     generator_loss,
-    leaky_relu,
-    minibatch_stddev,
     r1_penalty,
     same_crop,
+    warmup_factor,
 )
+from qlip.losses.discriminator import Discriminator
 
 
 def tiny(image_size: int = 8) -> Discriminator:
     torch.manual_seed(0)
     return Discriminator(image_size, channel_base=64, max_channels=8)
-
-
-def test_paper_size_has_28_864_129_parameters():
-    with torch.device("meta"):
-        assert sum(p.numel() for p in Discriminator(256).parameters()) == 28_864_129
-
-
-def test_small_size_runs_on_cpu():
-    torch.manual_seed(0)
-    discriminator = Discriminator(64, channel_base=1024, max_channels=64)
-    logits = discriminator(torch.randn(6, 3, 64, 64))
-    assert logits.shape == (6,) and logits.isfinite().all()
-    assert len(discriminator.blocks) == 4
-    assert not discriminator.state_dict().keys() - dict(discriminator.named_parameters()).keys()
-
-
-@pytest.mark.parametrize("image_size", [0, 4, 12, 392])
-def test_sizes_other_than_powers_of_two_are_refused(image_size):
-    with pytest.raises(ValueError, match="random power-of-two crop"):
-        Discriminator(image_size)
-
-
-def test_pictures_of_another_size_are_refused():
-    with pytest.raises(ValueError, match=r"takes \(8, 8\).*same_crop"):
-        tiny()(torch.zeros(1, 3, 16, 16))
-
-
-def test_weights_have_unit_variance_and_are_scaled_at_run_time():
-    torch.manual_seed(0)
-    discriminator = Discriminator(32, channel_base=1024, max_channels=64)
-    for module in discriminator.modules():
-        if isinstance(module, EqualisedConv | EqualisedLinear):
-            fan_in = module.weight[0].numel()
-            assert module.scale == pytest.approx(fan_in**-0.5)
-            assert module.bias is None or (module.bias == 0).all()
-            if module.weight.numel() > 5000:
-                assert module.weight.std().item() == pytest.approx(1, abs=0.05)
-    x = torch.randn(512, 1024)
-    hidden = discriminator.hidden(x)
-    torch.testing.assert_close(hidden, F.linear(x, discriminator.hidden.weight / 32))
-    assert hidden.std().item() == pytest.approx(1, abs=0.05)
-    assert leaky_relu(x).square().mean().item() == pytest.approx(1.04, abs=0.02)  # 2 (1 + 0.2^2) / 2
-
-
-def test_blur_is_the_separable_binomial_filter():
-    x = torch.randn(1, 2, 6, 7, dtype=torch.float64)
-    taps = np.array([1, 3, 3, 1]) / 8
-    for c in range(2):
-        padded = np.pad(x[0, c].numpy(), 2)
-        rows = np.apply_along_axis(np.convolve, 0, padded, taps, "valid")
-        expected = np.apply_along_axis(np.convolve, 1, rows, taps, "valid")
-        np.testing.assert_allclose(blur(x, padding=2)[0, c].numpy(), expected, atol=1e-12)
-    torch.testing.assert_close(blur(x, padding=1, stride=2), blur(x, padding=1)[..., ::2, ::2])
-
-
-def test_residual_block_is_the_description_written_out():
-    torch.manual_seed(0)
-    block = ResidualBlock(4, 6).double()
-    for parameter in block.parameters():
-        torch.nn.init.normal_(parameter)
-    x = torch.randn(2, 4, 8, 8, dtype=torch.float64)
-    path = leaky_relu(F.conv2d(x, block.conv1.weight / 6, block.conv1.bias, padding=1))
-    path = F.conv2d(blur(path, padding=2), block.conv2.weight / 6, block.conv2.bias, stride=2)
-    skip = F.conv2d(blur(x, padding=1), block.skip.weight / 2, stride=2)
-    expected = leaky_relu(path) * math.sqrt(1 / 2) + skip * math.sqrt(1 / 2)
-    assert expected.shape == (2, 6, 4, 4)
-    torch.testing.assert_close(block(x), expected)
-
-
-@pytest.mark.parametrize(("batch", "group"), [(8, 4), (6, 3), (2, 2), (5, 1), (1, 1)])
-def test_minibatch_stddev_equals_a_numpy_loop(batch, group):
-    x = torch.randn(batch, 3, 4, 4, dtype=torch.float64)
-    output = minibatch_stddev(x)
-    assert output.shape == (batch, 4, 4, 4)
-    assert torch.equal(output[:, :3], x)
-    num_groups = batch // group
-    for i in range(batch):
-        members = np.stack([x[j].numpy() for j in range(batch) if j % num_groups == i % num_groups])
-        assert len(members) == group
-        expected = np.sqrt(members.var(axis=0) + 1e-8).mean()
-        np.testing.assert_allclose(output[i, 3].numpy(), expected, rtol=1e-10)
 
 
 def test_losses_have_their_closed_forms():
@@ -119,6 +33,63 @@ def test_losses_have_their_closed_forms():
     assert discriminator_loss(real, fake).item() == pytest.approx((expected_real + expected_fake) / 2, rel=1e-6)
     assert discriminator_loss(torch.zeros(4), torch.zeros(4)).item() == pytest.approx(math.log(2))
     assert generator_loss(torch.tensor([-1e4])).isfinite()
+
+
+def test_hinge_losses_have_their_closed_forms_and_stop_at_the_margin():
+    real, fake = (
+        torch.tensor([0.25, -2.0, 5.0], requires_grad=True),
+        torch.tensor([1.0, -0.5, -3.0], requires_grad=True),
+    )
+    loss = discriminator_loss(real, fake, kind="hinge")
+    assert loss.item() == pytest.approx(((0.75 + 3 + 0) / 3 + (2 + 0.5 + 0) / 3) / 2, rel=1e-6)
+    loss.backward()
+    torch.testing.assert_close(real.grad, torch.tensor([-1.0, -1.0, 0.0]) / 6)
+    torch.testing.assert_close(fake.grad, torch.tensor([1.0, 1.0, 0.0]) / 6)
+    assert generator_loss(fake, kind="hinge").item() == pytest.approx(2.5 / 3, rel=1e-6)
+    assert discriminator_loss(torch.zeros(4), torch.zeros(4), kind="hinge").item() == 1
+    assert discriminator_loss(torch.full((2,), 1.5), torch.full((2,), -1.5), kind="hinge").item() == 0
+
+
+def test_lecam_follows_its_averages_and_penalises_distance_from_the_other_sides():
+    lecam = LecamPenalty(decay=0.9).double()
+    real, fake = torch.randn(2, 5, dtype=torch.float64)
+    assert lecam(real + 9, fake - 9).item() == 0  # no average yet
+    average_real, average_fake = None, None
+    for step in range(4):
+        means = torch.tensor([1.0 + step, -2.0 * step], dtype=torch.float64)
+        lecam.update(real_logit=means[0], fake_logit=means[1])
+        first = average_real is None
+        average_real = 1.0 if first else 0.9 * average_real + 0.1 * (1.0 + step)
+        average_fake = 0.0 if first else 0.9 * average_fake - 0.1 * 2.0 * step
+        expected = sum(max(v - average_fake, 0) ** 2 for v in real.tolist()) / 5
+        expected += sum(max(average_real - v, 0) ** 2 for v in fake.tolist()) / 5
+        assert lecam(real, fake).item() == pytest.approx(expected, rel=1e-12)
+    assert lecam(torch.full((2,), average_fake - 1), torch.full((2,), average_real + 1)).item() == 0
+
+
+def test_lecams_averages_are_saved_and_are_no_parameters():
+    lecam, again = LecamPenalty(), LecamPenalty()
+    lecam.update(real_logit=torch.tensor(2.0), fake_logit=torch.tensor(-1.0))
+    assert not list(lecam.parameters())
+    again.load_state_dict(lecam.state_dict())
+    logits = torch.randn(3), torch.randn(3)
+    assert lecam(*logits) > 0 and torch.equal(again(*logits), lecam(*logits))
+
+
+def test_warm_up_is_a_ramp_behind_its_start():
+    ramp = [warmup_factor(step, start_step=3, warmup_steps=4) for step in range(9)]
+    assert ramp == [0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1]
+    assert [warmup_factor(step, start_step=2, warmup_steps=0) for step in range(4)] == [0, 0, 1, 1]
+    assert warmup_factor(0, start_step=0, warmup_steps=0) == 1
+
+
+def test_the_adaptive_weight_is_a_ratio_with_bounds_and_no_gradient():
+    reference, generator = torch.tensor(3.0, requires_grad=True), torch.tensor(0.5, requires_grad=True)
+    weight = adaptive_weight(reference, generator, maximum=1e4)
+    assert weight.item() == pytest.approx(3 / (0.5 + 1e-4), rel=1e-6) and not weight.requires_grad
+    assert adaptive_weight(reference, torch.tensor(0.0), maximum=1e4).item() == 1e4
+    assert adaptive_weight(reference, torch.tensor(0.0), maximum=7.0).item() == 7
+    assert adaptive_weight(torch.tensor(0.0), generator, maximum=1e4).item() == 0
 
 
 def test_r1_of_linear_and_quadratic_discriminators():
@@ -152,25 +123,14 @@ def test_r1_gradient_equals_finite_differences():
     torch.testing.assert_close(numeric, analytic, rtol=1e-5, atol=1e-9)
 
 
-def test_autocast_changes_nothing():
-    discriminator, x = tiny(16), torch.randn(4, 3, 16, 16)
-    plain, plain_penalty = discriminator(x), r1_penalty(discriminator, x)
-    with torch.autocast("cpu", torch.bfloat16):
-        logits, penalty = discriminator(x), r1_penalty(discriminator, x)
-        half = discriminator(x.bfloat16())
-    assert logits.dtype == half.dtype == torch.float32
-    assert torch.equal(logits, plain) and torch.equal(penalty, plain_penalty)
-    penalty.backward()
-    assert all(p.grad is None or p.grad.isfinite().all() for p in discriminator.parameters())
-
-
-def test_a_discriminator_learns_to_tell():
+@pytest.mark.parametrize("kind", ["nonsaturating", "hinge"])
+def test_a_discriminator_learns_to_tell(kind):
     discriminator = tiny()
     optimizer = torch.optim.Adam(discriminator.parameters(), lr=2e-3, betas=(0.0, 0.99))
     real, fake = torch.randn(8, 3, 8, 8), torch.randn(8, 3, 8, 8) * 0.3
     losses = []
     for _ in range(60):
-        loss = discriminator_loss(discriminator(real), discriminator(fake))
+        loss = discriminator_loss(discriminator(real), discriminator(fake), kind=kind)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -18,7 +18,7 @@ from qlip.core.errors import UserError
 from qlip.models.qlip.loading import load_model, load_processor, save_model
 from qlip.models.qlip.modeling import QLIPModel
 from qlip.models.qlip.processing import QLIPProcessor
-from qlip.recipes.run import ModelConfig, TowerSize
+from qlip.recipes.model import ModelConfig, TowerSize
 
 
 @pytest.fixture(scope="module")

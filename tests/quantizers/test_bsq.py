@@ -322,3 +322,48 @@ def test_a_group_too_large_to_enumerate_encodes_but_does_not_train():
     assert torch.equal(quantizer(z).bits, z > 0)
     with pytest.raises(ValueError, match=r"group_size 28 makes 2\^28 codes: use at most 16 bits"):
         quantizer.train()(z)
+
+
+@pytest.mark.parametrize("group_size", [1, 3])
+@pytest.mark.parametrize("num_parts", [2, 4])
+def test_the_joint_correction_gives_loss_and_gradient_of_the_joined_batch(num_parts, group_size):
+    quantizer = BinarySphericalQuantizer(
+        6, group_size=group_size, inv_temperature=10.0, gamma_0=0.7, gamma=1.3, beta=0.25
+    ).train()
+    z = torch.randn(8, 5, 6, dtype=torch.float64)
+    z[:4] += 0.7  # micro-batches that use other codes, as those of one caption or class would
+    z.requires_grad_()
+    joined = quantizer(z).losses["quantizer"]
+    (expected,) = torch.autograd.grad(joined, z)
+    parts = [quantizer(part) for part in z.chunk(num_parts)]
+    mean = torch.stack([part.losses["quantizer"] for part in parts]).mean()
+    correction = quantizer.joint_correction(torch.stack([part.average_code for part in parts]))
+    torch.testing.assert_close(mean + correction, joined, rtol=0, atol=1e-7)  # codes are float32 in the beta term
+    (gradient,) = torch.autograd.grad(mean + correction, z)
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-7)
+    assert correction < -1e-3  # the entropy of a mean is above the mean of entropies
+
+
+@pytest.mark.parametrize("group_size", [1, 2])
+def test_a_single_micro_batch_needs_no_correction(group_size):
+    quantizer = BinarySphericalQuantizer(6, group_size=group_size, inv_temperature=10.0).train()
+    z = random_latents(2, 5, 6).requires_grad_()
+    correction = quantizer.joint_correction(quantizer(z).average_code[None])
+    assert correction == 0
+    (gradient,) = torch.autograd.grad(correction, z)
+    assert not gradient.any()
+
+
+@pytest.mark.parametrize(("group_size", "shape"), [(1, (6,)), (2, (3, 4))])
+def test_the_average_code_is_the_mean_soft_code_of_every_group(group_size, shape):
+    z = random_latents(2, 5, 6)
+    quantizer = BinarySphericalQuantizer(6, group_size=group_size, inv_temperature=3.0)
+    average = quantizer.train()(z).average_code
+    assert average.shape == shape
+    q = enumerated_soft_code(z.flatten(0, 1), tau=3.0, logits="inner product").mean(0).reshape([2] * 6)
+    for group in range(6 // group_size):
+        others = [axis for axis in range(6) if axis // group_size != group]
+        marginal = q.sum(others).flatten()
+        expected = marginal[1] if group_size == 1 else marginal
+        torch.testing.assert_close(average[group], expected, rtol=0, atol=1e-12)
+    assert quantizer.eval()(z).average_code is None

@@ -19,9 +19,10 @@ from qlip.engine.optim import parameter_groups
 from qlip.models.qlip.loading import load_model, load_processor
 from qlip.models.qlip.modeling import QLIPModel
 from qlip.recipes import RECIPES, find_recipe
-from qlip.recipes.run import ModelConfig, RunConfig, TowerSize, load_run, run_recipe
+from qlip.recipes.model import ModelConfig, TowerSize
+from qlip.recipes.run import RunConfig, load_run, run_recipe
 from qlip.tasks.align import AlignConfig, AlignTask
-from qlip.tasks.reconstruct import ReconstructTask
+from qlip.tasks.reconstruct import ReconstructConfig, ReconstructTask
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,9 @@ def test_a_recipe_builds_its_model_task_and_optimizers_on_the_meta_device(name):
     assert config.recipe == name
     module, summary = RECIPES[name]
     assert module.startswith("qlip.recipes.") and summary
+    if isinstance(config.task, ReconstructConfig):
+        config.task.perceptual = "encoder"  # LPIPS needs weights
+        config.model.quantizer = config.task.add_quantizer or config.model.quantizer
     with torch.device("meta"):
         model = QLIPModel(config.model.build_config())
         task = (AlignTask if isinstance(config.task, AlignConfig) else ReconstructTask)(model, config.task)

@@ -12,7 +12,7 @@ from qlip.data.scenes import SceneConfig, render, sample_scenes
 from qlip.engine.interfaces import Batch, Task
 from qlip.engine.trainer import Trainer, TrainerConfig
 from qlip.models.qlip.modeling import QLIPModel
-from qlip.recipes.run import ModelConfig, TowerSize
+from qlip.recipes.model import ModelConfig, TowerSize
 
 
 def tiny_model(image_size: int = 16, *, width: int = 32, **changes) -> QLIPModel:

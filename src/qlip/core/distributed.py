@@ -1,4 +1,4 @@
-"""The only file that calls torch.distributed: start, stop, rank, and the collectives that losses and metrics need.
+"""The only file with collectives: start, stop, rank, and what losses, metrics and checkpoints exchange between ranks.
 
 Every collective returns its result and works in a single process too, where it is the identity. `mean_over_ranks`
 and `gather_with_grad` are differentiable: summing the loss gradients of all ranks gives the gradient of the
@@ -8,17 +8,49 @@ joined batch times the number of ranks, so an engine that averages gradients (DD
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from qlip.core.errors import UserError
+
+
+def launched_processes() -> int:
+    """How many processes torchrun started, 1 without it; known before they have joined."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launched_rank() -> int:
+    """This process's number among those that torchrun started; known before they have joined."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def start(*, device_type: str) -> None:
-    """Join the process group that torchrun's variables describe; nothing to do in a single process."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group(backend="nccl" if device_type == "cuda" else "gloo")
+    """Join the process group that torchrun's variables describe; nothing to do in a single process.
+
+    On GPUs every process takes the one of its local rank; what lies on the CPU is exchanged through gloo.
+    """
+    if launched_processes() == 1 or dist.is_initialized():
+        return
+    backend = "gloo"
+    if device_type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        backend = "cpu:gloo,cuda:nccl"
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restarts == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        dist.init_process_group(backend=backend)
+        return
+    # torchrun keeps one store over its restarts, so addresses of dead processes are still in it: read and write beside
+    # them. On several machines the counts differ; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives every start its own.
+    store, own_rank, ranks = next(dist.rendezvous("env://"))
+    dist.init_process_group(
+        backend=backend, store=dist.PrefixStore(f"restart_{restarts}", store), rank=own_rank, world_size=ranks
+    )
 
 
 def stop() -> None:
@@ -41,14 +73,49 @@ def mean_over_ranks(x: Tensor) -> Tensor:
     """Differentiable mean of `x` over all ranks (same shape everywhere)."""
     if world_size() == 1:
         return x
-    return dist_nn.all_reduce(x) / world_size()
+    total: Tensor = _SumOverRanks.apply(x)
+    return total / world_size()
 
 
 def gather_with_grad(x: Tensor) -> Tensor:
     """Join (b, ...) of every rank to (world_size * b, ...) in rank order; the gradient reaches every rank."""
     if world_size() == 1:
         return x
-    return torch.cat(dist_nn.all_gather(x.contiguous()))
+    gathered: Tensor = _Gathered.apply(x.contiguous())
+    return gathered
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum of a tensor over ranks; its gradient is the sum of the ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return _summed(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _summed(gradient)
+
+
+class _Gathered(torch.autograd.Function):
+    """The tensors of all ranks joined along dimension 0; a rank's gradient is the sum of what all ranks have for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.rows = len(x)
+        pieces = [torch.empty_like(x) for _ in range(world_size())]
+        dist.all_gather(pieces, x)
+        return torch.cat(pieces)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _summed(gradient)[rank() * ctx.rows : (rank() + 1) * ctx.rows]
+
+
+def _summed(x: Tensor) -> Tensor:
+    total = x.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total
 
 
 def any_rank(flag: bool, *, device: torch.device) -> bool:
@@ -58,3 +125,62 @@ def any_rank(flag: bool, *, device: torch.device) -> bool:
     value = torch.tensor(float(flag), device=device)
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return bool(value.item())
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """The values of all ranks in rank order, on every rank; small Python objects only."""
+    if world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def on_first_rank(action: Callable[[], None]) -> None:
+    """Run it on rank 0 while the others wait; a `UserError` there is raised on every rank."""
+    problem = None
+    if rank() == 0:
+        try:
+            action()
+        except UserError as error:
+            problem = str(error)
+    problem = gather_objects(problem)[0]
+    if problem is not None:
+        raise UserError(problem)
+
+
+def wait_for_all() -> None:
+    """Go on when every rank has come here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def background_group() -> dist.ProcessGroup | None:
+    """A process group of its own for exchanges in another thread; None when alone. All ranks must ask together."""
+    return dist.new_group(backend="gloo") if world_size() > 1 else None
+
+
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether an exchange failed because another process has gone."""
+    of_gloo = "gloo" in str(error) and "onnection" in str(error)
+    return isinstance(error, dist.DistError) or of_gloo
+
+
+def replicating_mesh(device_type: str) -> DeviceMesh:
+    """All ranks hold whole tensors: (ranks, 1)."""
+    return init_device_mesh(device_type, (world_size(), 1), mesh_dim_names=("replicate", "shard"))
+
+
+def sharding_mesh(device_type: str) -> DeviceMesh:
+    """Every rank holds its share of each tensor: (ranks,)."""
+    return init_device_mesh(device_type, (world_size(),), mesh_dim_names=("shard",))
+
+
+def whole(x: Tensor) -> Tensor:
+    """The whole of a tensor that may be spread over ranks, on every rank; all ranks must ask together."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def own_part(x: Tensor) -> Tensor:
+    """This rank's share of a tensor that may be spread over ranks; it shares its memory."""
+    return x.to_local() if isinstance(x, DTensor) else x

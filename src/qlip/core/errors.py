@@ -10,6 +10,10 @@ class UserError(ValueError):
     """A mistake in what the user gave. The command line prints its text as one line and exits with code 2."""
 
 
+class RankError(UserError):
+    """A mistake that one of several processes has met while training; the others may not know of it."""
+
+
 def nearest_name(name: str, known: Iterable[str]) -> str:
     """Say which known name was probably meant, or list them: the tail of an error line."""
     known = sorted(known)

@@ -1,4 +1,4 @@
-"""Console, progress, metrics.jsonl and TensorBoard: where the figures of a run go.
+"""Console, progress and metrics.jsonl: what a run says to its user, on the first of several processes only.
 
 One line of metrics.jsonl is one JSON object: training lines have `step` and scalars, evaluation lines have `step`,
 `eval`, the figures and the card behind them.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-console = Console(highlight=False, soft_wrap=True)
+# torchrun gives every process its rank before it starts; core/distributed.py would bring torch along, which is slow
+FIRST_PROCESS = os.environ.get("RANK", "0") == "0"
+console = Console(highlight=False, soft_wrap=True, quiet=not FIRST_PROCESS)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -54,24 +57,6 @@ class MetricsFile:
         self._file.close()
 
 
-class TensorBoardTracker:
-    """Scalars for `tensorboard --logdir runs`. Keeps to the `Tracker` contract."""
-
-    def __init__(self, folder: Path, *, resume_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # seconds to import
-
-        self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1)
-
-    def log(self, step: int, figures: dict[str, float]) -> None:
-        """Record scalars of one step."""
-        for name, value in figures.items():
-            self._writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        """Write what is buffered."""
-        self._writer.close()
-
-
 class ProgressLine:
     """A bar with rate and time left on a terminal, a plain line every few seconds elsewhere."""
 
@@ -81,7 +66,7 @@ class ProgressLine:
         self._last_line = self._started
         self._progress: Progress | None = None
         self._task: TaskID | None = None
-        if console.is_terminal:
+        if console.is_terminal and not console.quiet:
             self._progress = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),

@@ -5,7 +5,6 @@ Shapes: `b` samples, `S` side of the square pictures, `t` text tokens, padded to
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,12 +14,12 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 from qlip.core.images import ImageLimits
+from qlip.data.loaders import StatefulDataLoader, TrainingLoader, stateful_loader
+from qlip.data.mixture import MixedShards
 from qlip.data.sample_parts import ShardConfig, captions_of
-from qlip.data.shard_list import expand_shards
-from qlip.data.shards import ShardDataset, check_shard_split, seeded_random
+from qlip.data.shards import ShardDataset, seeded_random
 from qlip.data.tar_reader import RawSample, json_record
 from qlip.data.transforms import random_resized_crop, resize_and_crop
 
@@ -33,13 +32,25 @@ class DataConfig:
     """Which captioned image shards to train on, and how they become batches."""
 
     train: str = ""
-    """Tar shards: a folder, `PATH/{00000..00009}.tar`, or several joined by `::`."""
+    """Tar shards: a folder, `PATH/{00000..00009}.tar`, or several joined by `::`; PATH may be remote: `s3://bucket`."""
+    train_data_upsampling_factors: tuple[float, ...] = ()
+    """Mix the sources that `::` joins: the next sample comes from each with a chance of its factor times its shards.
+    Every source then needs a shard per rank and worker. Empty reads all shards as one source."""
+    train_num_samples: int = 0
+    """Samples of an epoch over all ranks and workers, each of which reads its shards again if they hold too few; 0:
+    every shard once. Without `shuffle_buffer` a shorter epoch always holds the same first samples."""
+    shard_cache: str = ""
+    """Folder that keeps whole copies of remote shards; empty reads them as streams, anew in every epoch."""
     batch_size: int = 512
-    """Pairs per process and step."""
+    """Pairs per process that are in memory at once."""
+    global_batch_size: int = 0
+    """Pairs per optimizer step over all processes, in as many parts as it takes; 0 is batch_size x processes."""
     num_workers: int = 2
-    """Decoding processes; 0 decodes in the training process. Needs at least as many shards."""
+    """Decoding processes per rank; 0 decodes in the training process. Needs a shard for each."""
+    pin_memory: bool = True
+    """Copy batches to page-locked memory where CUDA is available, which makes their way to the GPU faster."""
     shuffle_buffer: int = 2000
-    """Samples shuffled together; 0 keeps the order of the shards."""
+    """Samples shuffled together by every worker, held as encoded bytes; 0 keeps the order of the shards."""
     crop_scale: tuple[float, float] = (0.9, 1.0)
     """Area share of RandomResizedCrop (EVA-CLIP's); (1, 1) crops the centre instead."""
     caption_field: str = "txt"
@@ -51,7 +62,7 @@ class DataConfig:
     max_skip_share: float = 0.05
     """Stop when a larger share of the samples cannot be used."""
     limits: ImageLimits = field(default_factory=ImageLimits)
-    """Pictures beyond these are skipped from their header."""
+    """Pictures beyond these are skipped from their header, samples of more bytes without being read."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -107,6 +118,8 @@ def shard_config(config: DataConfig, *, seed: int) -> ShardConfig:
     """The reader's part of a data config."""
     return ShardConfig(
         shards=config.train,
+        shard_cache=config.shard_cache,
+        train_num_samples=config.train_num_samples,
         shuffle_buffer=config.shuffle_buffer,
         seed=seed,
         caption_field=config.caption_field,
@@ -117,24 +130,48 @@ def shard_config(config: DataConfig, *, seed: int) -> ShardConfig:
 
 
 def training_loader(
-    config: DataConfig, *, image_size: int, tokenize: Tokenize, seed: int, ledger: Path
-) -> StatefulDataLoader:
-    """Endless batches whose order is a pure function of the seed and whose position can be saved.
+    config: DataConfig,
+    *,
+    image_size: int,
+    tokenize: Tokenize,
+    seed: int,
+    ledger: Path,
+    rank: int = 0,
+    num_ranks: int = 1,
+) -> TrainingLoader:
+    """Endless batches of one rank, whose order is a pure function of the seed and whose position can be saved.
 
-    Raises `UserError` before the first batch for missing shards or fewer shards than workers.
+    All ranks must be given the same config and seed. Raises `UserError` before the first batch, the same on every
+    rank, for missing shards, fewer shards than ranks x workers, and impossible weights.
     """
-    check_shard_split(len(expand_shards(config.train)), num_ranks=1, num_workers=config.num_workers)
-    crop_scale = None if config.crop_scale == (1.0, 1.0) else config.crop_scale
     reading = shard_config(config, seed=seed)
     samples = CaptionedImages(
         image_size=image_size,
         tokenize=tokenize,
-        crop_scale=crop_scale,
+        crop_scale=None if config.crop_scale == (1.0, 1.0) else config.crop_scale,
         reading=reading,
         caption_per_batch=config.caption_per_batch,
     )
-    dataset = ShardDataset(reading, decode=samples.decode, repeat=True, rank=0, num_ranks=1, ledger=ledger)
-    return _loader(dataset, samples, batch_size=config.batch_size, num_workers=config.num_workers, drop_last=True)
+    dataset: ShardDataset | MixedShards
+    if config.train_data_upsampling_factors:
+        factors = config.train_data_upsampling_factors
+        dataset = MixedShards(
+            reading, factors=factors, decode=samples.decode, rank=rank, num_ranks=num_ranks, ledger=ledger
+        )
+    else:
+        dataset = ShardDataset(
+            reading, decode=samples.decode, repeat=True, rank=rank, num_ranks=num_ranks, ledger=ledger
+        )
+    dataset.check_split(num_workers=config.num_workers)
+    return TrainingLoader(
+        dataset,
+        collate=samples.collate,
+        batch_size=config.batch_size,
+        num_workers=config.num_workers,
+        rank=rank,
+        num_ranks=num_ranks,
+        pin_memory=config.pin_memory,
+    )
 
 
 def evaluation_loader(
@@ -146,18 +183,4 @@ def evaluation_loader(
         image_size=image_size, tokenize=tokenize, crop_scale=None, reading=reading, with_records=True
     )
     dataset = ShardDataset(reading, decode=samples.decode, repeat=False, rank=0, num_ranks=1, ledger=None)
-    return _loader(dataset, samples, batch_size=batch_size, num_workers=0, drop_last=False)
-
-
-def _loader(
-    dataset: ShardDataset, samples: CaptionedImages, *, batch_size: int, num_workers: int, drop_last: bool
-) -> StatefulDataLoader:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*set_vital")  # torchdata calls what torch 2.15 deprecates
-        return StatefulDataLoader(
-            dataset,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            collate_fn=samples.collate,
-            drop_last=drop_last,
-        )
+    return stateful_loader(dataset, collate=samples.collate, batch_size=batch_size, num_workers=0, drop_last=False)

@@ -15,6 +15,7 @@ from PIL import Image
 from qlip.core.images import ImageRejected
 from qlip.core.log import progress
 from qlip.data.ledger import kind_of
+from qlip.data.remote import Shard
 from qlip.data.sample_parts import ShardConfig, caption_of, image_of
 from qlip.data.shard_list import expand_shards
 from qlip.data.shards import seeded_random
@@ -114,11 +115,13 @@ class _Counts:
 
 
 def inspect_shards(spec: str, *, limit: int | None, config: ShardConfig) -> InspectionReport:
-    """Read the shards of `spec` (not of `config.shards`) in order, decode every picture, and count.
+    """Read the shards of `spec` (not of `config.shards`) in order, decode every picture, and count. They may be
+    remote; `config.shard_cache` then keeps copies.
 
-    `limit` is how many samples and skips to look at, None for all. Raises `UserError` for shards that are not there.
+    `limit` is how many samples and skips to look at, None for all. Raises `UserError` for shards that are not there
+    or out of reach.
     """
-    paths = expand_shards(spec)
+    paths = expand_shards(spec, shard_cache=config.shard_cache)
     counts = _Counts()
     num_shards_read = 0
     with progress("inspect", len(paths), unit="shards") as bar:
@@ -176,9 +179,10 @@ def format_report(report: InspectionReport) -> str:
     return "\n".join(lines)
 
 
-def _events(paths: list[Path], config: ShardConfig) -> Iterator[tuple[int, RawSample | Skip]]:
+def _events(paths: list[Shard], config: ShardConfig) -> Iterator[tuple[int, RawSample | Skip]]:
+    cache = Path(config.shard_cache).expanduser() if config.shard_cache else None
     for shard, path in enumerate(paths):
-        for found in iterate_tar(path, max_sample_bytes=config.limits.max_bytes):
+        for found in iterate_tar(path, max_sample_bytes=config.limits.max_bytes, cache=cache):
             yield shard, found
 
 

@@ -17,7 +17,12 @@ class ShardConfig:
     """Which shards to read and which parts of a sample to use."""
 
     shards: str
-    """A folder, `PATH/{00000..00009}.tar`, a glob, or several joined by `::`."""
+    """A folder, `PATH/{00000..00009}.tar`, a glob, or several joined by `::`; PATH may be remote: `s3://...`."""
+    shard_cache: str = ""
+    """Folder in which whole copies of remote shards are kept and read; empty reads them as streams."""
+    train_num_samples: int = 0
+    """Samples of an epoch over all readers, each of which goes on to the next after its share (rounded up) and reads
+    its shards again in a new order if they hold fewer; 0 makes every shard once an epoch. For training only."""
     shuffle_buffer: int = 2000
     """Samples shuffled together, held as encoded bytes by every worker; 0 reads everything in order."""
     seed: int = 0

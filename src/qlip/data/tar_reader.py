@@ -17,6 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from qlip.core.errors import UserError
+from qlip.data.remote import RemoteReadError, Shard
+from qlip.data.shard_cache import open_shard, promised_samples
+
 MAX_SAMPLE_BYTES = 50_000_000
 UNSAFE_FIELDS = frozenset({"pkl", "pyd", "pth", "pickle"})  # webdataset decodes these by running what they hold
 TAR_ERRORS = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, struct.error, RecursionError)
@@ -32,7 +36,7 @@ class RawSample:
     fields: dict[str, bytes]
     """Content by field: `jpg`, `txt`, `json`, `seg.png`, ..."""
     shard: str
-    """Path of the tar."""
+    """Path or address of the tar."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -44,7 +48,7 @@ class Skip:
     reason: str
     """`kind` or `kind: detail`; ledgers count by kind."""
     shard: str
-    """Path of the tar."""
+    """Path or address of the tar."""
     count: int = 1
     """How many samples are lost by it."""
 
@@ -53,17 +57,21 @@ class SampleRejected(ValueError):  # noqa: N818 - a verdict on the data, not a f
     """A sample that cannot be used. One line `kind` or `kind: detail`."""
 
 
-def iterate_tar(path: Path, *, max_sample_bytes: int = MAX_SAMPLE_BYTES) -> Iterator[RawSample | Skip]:
+def iterate_tar(
+    path: Shard, *, max_sample_bytes: int = MAX_SAMPLE_BYTES, cache: Path | None = None
+) -> Iterator[RawSample | Skip]:
     """Samples and skips of one shard in file order; raises nothing for what the file holds.
 
     Damage (truncated, gzip, HTML, zero bytes) and fewer samples than `sizes.json` or `<stem>_stats.json` promise come
-    last, as skips of the shard.
+    last, as skips of the shard. All of it holds for remote shards too: they are read as a stream that is continued
+    after a lost connection, or with `cache` copied there first; one that stays out of reach is a skip as well. Their
+    promised counts are asked for once (`promised_samples`). Raises `UserError` for a cache that cannot be written.
     """
     shard, keys = str(path), set[str]()
     sample: _Sample | None = None
     damage = None
     try:
-        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as tar:
+        with open_shard(path, cache=cache) as file, tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as tar:
             for key, name, member, problem in _members(tar):
                 if sample is None or key != sample.key:
                     if sample is not None:
@@ -73,33 +81,20 @@ def iterate_tar(path: Path, *, max_sample_bytes: int = MAX_SAMPLE_BYTES) -> Iter
                     keys.add(key)
                 sample.take(tar, name, member, problem, max_bytes=max_sample_bytes)
             damage = _unclean_end(file, tar.offset)
+    except UserError:
+        raise
     except TAR_ERRORS as error:
-        damage = _damage(path, error)
+        damage = _damage(path, error, cache=cache)
     if sample is not None:
         yield sample.close(shard)
     if damage is not None:
         yield Skip(key="", reason=damage, shard=shard)
     elif not keys:
         yield Skip(key="", reason="empty shard: no sample in it", shard=shard)
-    promised = promised_samples(path)
+    promised = promised_samples(path, cache=cache)
     if promised is not None and promised > len(keys):
         reason = f"samples missing: {len(keys)} of the {promised} that sizes.json or _stats.json promise"
         yield Skip(key="", reason=reason, shard=shard, count=promised - len(keys))
-
-
-def promised_samples(path: Path) -> int | None:
-    """Samples the shard should hold, by DataComp's `sizes.json` or img2dataset's `<stem>_stats.json`; None unknown."""
-    for file, name in (
-        (path.with_name("sizes.json"), path.name),
-        (path.with_name(f"{path.stem}_stats.json"), "successes"),
-    ):
-        try:
-            count = json.loads(file.read_bytes())[name]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            continue
-        if isinstance(count, int):
-            return count
-    return None
 
 
 def json_record(sample: RawSample) -> dict[str, Any]:
@@ -185,12 +180,14 @@ def _unclean_end(file: BinaryIO, offset: int) -> str | None:
     return "truncated tar: no end mark" if not block else "truncated tar: broken header after the last sample"
 
 
-def _damage(path: Path, error: Exception) -> str:
+def _damage(path: Shard, error: Exception, *, cache: Path | None) -> str:
     try:
-        with path.open("rb") as file:
+        if isinstance(error, RemoteReadError):
+            raise error
+        with open_shard(path, cache=cache) as file:
             start = file.read(512)
     except OSError as unreadable:
-        return f"unreadable tar: {unreadable.strerror}"
+        return f"unreadable tar: {unreadable.strerror or unreadable}"
     if not start:
         return "not a tar: zero bytes"
     if start.startswith(b"\x1f\x8b"):

@@ -1,31 +1,58 @@
-"""Where and in which precision a run computes: device, autocast, EMA copies.
+"""Where and how a run computes: device, autocast, activation checkpointing, compiled blocks, sharding, EMA copies.
 
-The wrappers of DDP and FSDP belong here too; they are applied in place to `Task.modules()`, so tasks do not change.
+Everything is applied in place to `Task.modules()`, so tasks do not change, in this order: device, activation
+checkpointing, EMA copy, compile, shard. Both kinds of data parallelism are FSDP2 (`fully_shard`): `fsdp` spreads
+weights, gradients and optimizer state over all ranks; `ddp` is its mesh that only replicates, so gradients are averaged
+while the backward pass runs, and modules that are called several times per step or differentiated twice (the
+discriminator under R1) need no exception.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from contextlib import AbstractContextManager
+from typing import Literal
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from qlip.core.distributed import launched_processes, replicating_mesh, sharding_mesh
 from qlip.core.errors import UserError
 from qlip.nn.blocks import BlockStack
 
+ParallelKind = Literal["auto", "none", "ddp", "fsdp"]
+
 
 def pick_device(name: str) -> torch.device:
-    """`auto` takes the GPU when there is one. Raises `UserError` for a device this machine has not."""
+    """`auto` takes the GPU when there is one, of several processes each its own.
+
+    Raises `UserError` for a device this machine has not.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and launched_processes() > 1:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
         raise UserError(f"device {name!r} is not usable here; `qlip doctor` says what this machine has") from None
     return device
+
+
+def pick_parallel(kind: ParallelKind) -> ParallelKind:
+    """`auto` is `ddp` under torchrun and `none` without. Raises `UserError` for `none` with several processes."""
+    if launched_processes() == 1:
+        return "none"
+    if kind == "none":
+        raise UserError(
+            f"trainer.parallel is none, but torchrun started {launched_processes()} processes: "
+            "take ddp or fsdp, or start one process"
+        )
+    return "ddp" if kind == "auto" else kind
 
 
 def has_fast_bf16(device: torch.device) -> bool:
@@ -45,10 +72,13 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     return torch.autocast(device_type=device.type, dtype=torch.bfloat16, enabled=bf16)
 
 
-def refuse_several_processes() -> None:
-    """One clear line instead of ranks that train apart. Multi-process training is not built yet."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("training on several processes is not built yet; start `qlip train` without torchrun")
+def make_scalars_vectors(modules: nn.Module) -> None:
+    """Give parameters without dimensions the shape (1,): only that can be sharded. `whole_copy` turns them back."""
+    for module in modules.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim == 0:
+                vector = nn.Parameter(parameter.detach().reshape(1), requires_grad=parameter.requires_grad)
+                setattr(module, name, vector)
 
 
 def set_activation_checkpointing(modules: nn.Module, *, enabled: bool) -> None:
@@ -58,8 +88,54 @@ def set_activation_checkpointing(modules: nn.Module, *, enabled: bool) -> None:
             module.gradient_checkpointing = enabled
 
 
+def compile_blocks(modules: nn.Module) -> None:
+    """Compile every transformer block in place: one graph for all blocks of a tower, compiled within a minute."""
+    for module in modules.modules():
+        if isinstance(module, BlockStack):
+            for block in module.layers:
+                block.compile()
+
+
+def shard(module: nn.Module, kind: ParallelKind, device: torch.device) -> None:
+    """Make the parameters those of all ranks, in place; `none` changes nothing.
+
+    Every transformer block is gathered when it is needed. What is outside of blocks stays gathered through a phase, so
+    that it may be called several times, by other ways than the module's `forward`, and differentiated twice, or a
+    partial gradient be taken before the whole one; `settle` ends that.
+    """
+    if kind == "none" or not any(True for _ in module.parameters()):
+        return
+    # What a module returns is never written in place here, which is what FSDP2 warns about when it returns views.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    mesh = replicating_mesh(device.type) if kind == "ddp" else sharding_mesh(device.type)
+    stacks = [part for part in module.modules() if isinstance(part, BlockStack)]
+    for stack in stacks:
+        for block in stack.layers:
+            fully_shard(block, mesh=mesh)
+    fully_shard(module, mesh=mesh, reshard_after_forward=False)
+    assert isinstance(module, FSDPModule)
+    module.set_reshard_after_backward(False, recurse=False)
+
+
+def settle(modules: nn.ModuleDict) -> None:
+    """After a backward pass: parameters and gradients are this rank's shares again."""
+    for module in modules.values():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def exchange_gradients(modules: nn.ModuleDict, kind: ParallelKind, *, last: bool) -> None:
+    """Before the backward pass of a micro-batch: replicas exchange gradients after the last one only.
+
+    Sharded gradients are exchanged every time, or each rank would hold all of them.
+    """
+    for module in modules.values():
+        if isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(last or kind == "fsdp")
+
+
 def exponential_average(module: nn.Module, decay: float) -> AveragedModel:
-    """A copy of the module whose weights follow by ``decay`` with every `update_average`."""
+    """A copy of the module whose weights follow by ``decay`` with every `update_average`. Copy before sharding."""
     return AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 

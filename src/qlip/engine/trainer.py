@@ -6,35 +6,45 @@ CPU the final weights equal those of an uninterrupted run bit for bit.
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torchdata.stateful_dataloader import StatefulDataLoader
 
-from qlip.core.log import MetricsFile, TensorBoardTracker, console, progress
-from qlip.engine.checkpoint import checkpoint_folders, load_checkpoint, save_checkpoint
-from qlip.engine.guards import StepPlace, stop_unless_finite
-from qlip.engine.interfaces import Batch, Evaluator, Phase, Task, Tracker
+from qlip.core.distributed import gather_objects, rank, whole
+from qlip.core.log import console, progress
+from qlip.engine.checkpoint import CheckpointWriter, TrainingState, checkpoint_folders, load_checkpoint
+from qlip.engine.guards import FiniteGuard, RollBack, StepPlace
+from qlip.engine.interfaces import Batch, Evaluator, Loader, Phase, Task, Tracker
 from qlip.engine.optim import build_optimizer, schedule_factor, set_learning_rates
 from qlip.engine.parallel import (
+    ParallelKind,
     autocast,
     averaged_module,
+    compile_blocks,
+    exchange_gradients,
     exponential_average,
+    make_scalars_vectors,
     pick_device,
+    pick_parallel,
     set_activation_checkpointing,
+    settle,
+    shard,
     update_average,
 )
+from qlip.engine.reporter import Reporter, mean_figures, summary, unmoved_random_state
+from qlip.engine.steps import accumulate_gradients, only_training, total_loss
 
 
 @dataclass(kw_only=True, slots=True)
 class TrainerConfig:
-    """How long, how precise, how often."""
+    """How long, how precise, how often, on how many processes."""
 
     steps: int = 120_000
     """Optimizer steps in all."""
@@ -44,16 +54,31 @@ class TrainerConfig:
     """Steps between checkpoints; one is always written at the end."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints to keep."""
+    async_save: bool = False
+    """Write checkpoints in the background; the step then only waits for a copy of the state to the CPU."""
     eval_every: int = 0
     """Steps between evaluations; 0 evaluates at the end only."""
+    images_every: int = 0
+    """Steps between pictures of a fixed batch and its reconstructions; 0 is off."""
+    tracker: Literal["tensorboard", "trackio", "wandb", "none"] = "tensorboard"
+    """Where figures and pictures go besides metrics.jsonl. Nothing is uploaded unless
+    WANDB_MODE=online or TRACKIO_SPACE_ID says so."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`auto` is bf16 autocast where the hardware has it; weights, quantizer and losses stay float32."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, ..."""
+    parallel: ParallelKind = "auto"
+    """Under torchrun: `ddp` copies the weights to every rank, `fsdp` spreads them; `auto` is `ddp`."""
+    compile: bool = False
+    """Compile every transformer block; a minute at the start, faster steps on a GPU."""
     ema_decay: float = 0.0
     """Decay of an exponential average of the weights, exported instead of them; 0 is off."""
     activation_checkpointing: bool = False
     """Recompute block activations in the backward pass: less memory, about a third more time."""
+    nonfinite: Literal["skip", "stop"] = "skip"
+    """What to do with a step whose loss or gradient is NaN or infinite on any rank; it is recorded either way."""
+    max_skipped_steps: int = 10
+    """More such steps in a row go back to the newest checkpoint once, then the run stops."""
     seed: int = 0
     """Seed of initialisation and data order."""
 
@@ -61,21 +86,38 @@ class TrainerConfig:
 class Trainer:
     """Holds what a run needs between steps: task, optimizers, averages, loader, position."""
 
-    def __init__(self, task: Task, loader: StatefulDataLoader, config: TrainerConfig, folder: Path) -> None:
+    def __init__(self, task: Task, loader: Loader, config: TrainerConfig, folder: Path) -> None:
         self.task = task
         self.loader = loader
         self.config = config
         self.folder = folder
         self.device = pick_device(config.device)
-        self.modules = nn.ModuleDict(task.modules()).to(self.device).train()
-        set_activation_checkpointing(self.modules, enabled=config.activation_checkpointing)
-        self.averages = nn.ModuleDict()
-        if config.ema_decay:
-            self.averages["model"] = exponential_average(self.modules["model"], config.ema_decay)
-        self.optimizers = {
+        self.kind = pick_parallel(config.parallel)
+        self.modules = nn.ModuleDict(task.modules()).train()
+        self._blank = copy.deepcopy(self.modules["model"]).eval()  # an ordinary model, to be filled by `whole_model`
+        averages = self._prepare_modules()
+        optimizers = {
             phase.name: build_optimizer(self._trained_parameters(phase), phase.optimizer) for phase in task.phases(0)
         }
+        self.state = TrainingState(modules=self.modules, averages=averages, optimizers=optimizers)
+        self.writer = CheckpointWriter(folder, keep=config.keep_checkpoints, background=config.async_save)
+        self.guard = FiniteGuard(config.nonfinite, max_skipped_steps=config.max_skipped_steps)
         self.step = 0
+
+    def _prepare_modules(self) -> nn.ModuleDict:
+        """Device, checkpointing, averages, compiling, sharding, in this order. Returns the averages."""
+        self.modules.to(self.device)
+        make_scalars_vectors(self.modules)
+        set_activation_checkpointing(self.modules, enabled=self.config.activation_checkpointing)
+        averages = nn.ModuleDict()
+        if self.config.ema_decay:
+            averages["model"] = exponential_average(self.modules["model"], self.config.ema_decay)
+            shard(averaged_module(averages["model"]), self.kind, self.device)
+        if self.config.compile:
+            compile_blocks(self.modules)
+        for module in self.modules.values():
+            shard(module, self.kind, self.device)
+        return averages
 
     def _trained_parameters(self, phase: Phase) -> list[tuple[str, nn.Parameter]]:
         return [
@@ -85,166 +127,154 @@ class Trainer:
             if parameter.requires_grad
         ]
 
-    def resume(self) -> None:
-        """Continue from the newest complete checkpoint of the run folder, if there is one."""
-        found = checkpoint_folders(self.folder)
+    def resume(self) -> bool:
+        """Continue from the newest complete checkpoint of the run folder; False when there is none."""
+        found = gather_objects(checkpoint_folders(self.folder)[-1:])[0]  # rank 0's view: file systems may lag
         if found:
-            self.step, loader_state = load_checkpoint(
-                found[-1], modules=self.modules, averages=self.averages, optimizers=self.optimizers
-            )
-            self.loader.load_state_dict(loader_state)
+            self.modules.zero_grad(set_to_none=True)  # a step that led to a roll-back left its gradients behind
+            self.step, states = load_checkpoint(found[0], self.state)
+            self.loader.resume(states)
             console.print(f"resuming {self.folder} at step {self.step}")
+        return bool(found)
 
     def save(self) -> None:
         """Write a checkpoint of the present step."""
-        save_checkpoint(
-            self.folder,
-            step=self.step,
-            modules=self.modules,
-            averages=self.averages,
-            optimizers=self.optimizers,
-            loader_state=self.loader.state_dict(),
-            keep=self.config.keep_checkpoints,
-        )
+        self.writer.save(self.step, self.state, loader=self.loader.state_dict())
 
-    def train_step(self, batch: Batch) -> dict[str, Tensor]:
-        """All phases of one step on one batch. Returns detached figures, prefixed by phase when there are several."""
-        batch = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    def train_step(self, batches: list[Batch]) -> dict[str, Tensor]:
+        """All phases of one step on its micro-batches. Returns detached figures, prefixed by phase if there are two.
+
+        A phase whose loss or gradient is not finite moves nothing and ends the step, which then has no figures.
+        """
         phases = self.task.phases(self.step)
         figures: dict[str, Tensor] = {}
         for phase in phases:
             prefix = f"{phase.name}/" if len(phases) > 1 else ""
-            with only_training(phase, self.modules):
-                terms = self._optimize(phase, batch)
+            terms = self._optimize(phase, batches)
+            if terms is None:
+                figures = {}
+                break
             figures |= {prefix + name: value for name, value in terms.items()}
-        if self.config.ema_decay:
-            update_average(self.averages["model"], self.modules["model"])
+        else:
+            self.guard.passed()
+            if self.config.ema_decay:
+                update_average(self.state.averages["model"], self.modules["model"])
         self.step += 1
         return figures
 
-    def _optimize(self, phase: Phase, batch: Batch) -> dict[str, Tensor]:
-        optimizer, settings = self.optimizers[phase.name], phase.optimizer
-        with autocast(self.device, self.config.precision):
-            terms = self.task.loss(phase, batch, self.step)
-        loss = torch.stack([value.float() for name, value in terms.items() if name.endswith("_loss")]).sum()
-        place = StepPlace(step=self.step, phase=phase.name, folder=self.folder, device=self.device)
-        stop_unless_finite(terms | {"loss": loss}, batch=batch, place=place)
-        loss.backward()
+    def _optimize(self, phase: Phase, batches: list[Batch]) -> dict[str, Tensor] | None:
+        """One phase; None when it was not finite on some rank."""
+        optimizer, settings = self.state.optimizers[phase.name], phase.optimizer
+        with only_training(phase, self.modules):
+            terms = accumulate_gradients(
+                self.task,
+                phase,
+                batches,
+                self.step,
+                device=self.device,
+                precision=lambda: autocast(self.device, self.config.precision),
+                before_backward=lambda last: exchange_gradients(self.modules, self.kind, last=last),
+            )
+            settle(self.modules)
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        grad_norm = nn.utils.clip_grad_norm_(parameters, settings.clip_norm or float("inf"))
-        stop_unless_finite({"grad_norm": grad_norm}, batch=batch, place=place)
+        grad_norm = whole(nn.utils.clip_grad_norm_(parameters, settings.clip_norm or float("inf")))
+        terms |= {"loss": total_loss(terms), "grad_norm": grad_norm}
+        place = StepPlace(step=self.step, phase=phase.name, folder=self.folder, device=self.device)
+        allowed = self.guard.allows(terms, batches=batches, modules=self.modules, place=place)
         factor = schedule_factor(self.step, warmup_steps=settings.warmup_steps, total_steps=self.config.steps)
-        set_learning_rates(optimizer, factor)
-        optimizer.step()
+        if allowed:
+            set_learning_rates(optimizer, factor)
+            optimizer.step()
+            self.task.after_step(phase, terms)
         optimizer.zero_grad(set_to_none=True)
-        self.task.after_step(phase)
-        terms = {name: value.detach() for name, value in terms.items()}
-        return terms | {"loss": loss.detach(), "grad_norm": grad_norm, "lr_factor": torch.tensor(factor)}
+        return terms | {"lr_factor": torch.tensor(factor)} if allowed else None
 
-
-def unmoved_random_state() -> AbstractContextManager[None]:
-    """What happens inside leaves PyTorch's CPU generator, which a checkpoint keeps, as it was."""
-    return torch.random.fork_rng(devices=[])
-
-
-@contextmanager
-def only_training(phase: Phase, modules: nn.ModuleDict) -> Iterator[None]:
-    """Turn off gradients of every module the phase does not train, so that none is computed or kept for it."""
-    resting = [
-        parameter
-        for name, module in modules.items()
-        if name not in phase.modules
-        for parameter in module.parameters()
-        if parameter.requires_grad
-    ]
-    for parameter in resting:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in resting:
-            parameter.requires_grad_(True)
+    def whole_model(self) -> nn.Module:
+        """An ordinary copy of the model, of its average with EMA, on the device. All ranks must ask together."""
+        source = averaged_module(self.state.averages["model"]) if self.config.ema_decay else self.modules["model"]
+        filled = {name: whole(tensor) for name, tensor in source.state_dict().items()}
+        shapes = {name: tensor.shape for name, tensor in self._blank.state_dict().items()}
+        self._blank.load_state_dict({name: tensor.reshape(shapes[name]) for name, tensor in filled.items()})
+        return self._blank.to(self.device)
 
 
 def train(
     task: Task,
-    loader: StatefulDataLoader,
+    loader: Loader,
     config: TrainerConfig,
     *,
     folder: Path,
     title: str,
     batch_size: int,
+    micro_batches: int = 1,
     evaluators: dict[str, Evaluator],
+    tracker: Callable[[int], Tracker],
+    pictures: Callable[[nn.Module, int], Tensor] | None = None,
     export: Callable[[nn.Module], None],
 ) -> None:
-    """Train to `config.steps`, evaluate, export. `export` gets the model (its average, with EMA) at the end."""
+    """Train to `config.steps`, evaluate, export. `export` gets the model (its average, with EMA) on rank 0 at the end.
+
+    `batch_size` counts the samples of a step over all ranks, of which this rank reads `micro_batches` batches from
+    the loader. `tracker` is opened with the step that is resumed; `pictures` makes a grid from the model and the step.
+    """
     trainer = Trainer(task, loader, config, folder)
+
+    def open_reporter() -> Reporter:
+        return Reporter(folder, trainer.step, evaluators=evaluators, tracker=tracker(trainer.step), pictures=pictures)
+
     trainer.resume()
-    metrics = MetricsFile(folder / "metrics.jsonl", resume_step=trainer.step)
-    tracker: Tracker = TensorBoardTracker(folder / "tensorboard", resume_step=trainer.step)
-    if trainer.step < config.steps:
-        _loop(trainer, metrics, tracker, title=title, batch_size=batch_size, evaluators=evaluators)
-    model = averaged_module(trainer.averages["model"]) if config.ema_decay else trainer.modules["model"]
-    _evaluate(model, trainer, evaluators, metrics, tracker)
-    export(model)
-    metrics.close()
-    tracker.close()
+    while True:
+        reporter = open_reporter()
+        try:
+            _loop(trainer, reporter, title=title, batch_size=batch_size, micro_batches=micro_batches)
+            break
+        except RollBack as reason:
+            trainer.writer.finish()
+            found = gather_objects(checkpoint_folders(folder)[-1:])[0]
+            trainer.guard.roll_back(int(found[0].name.removeprefix("step_")) if found else None, str(reason))
+            trainer.resume()
+        finally:
+            reporter.close()
+    model = trainer.whole_model()
+    reporter = open_reporter()
+    reporter.evaluate(trainer.step, model, trainer.device)
+    reporter.close()
+    if rank() == 0:
+        export(model)
 
 
-def _loop(
-    trainer: Trainer,
-    metrics: MetricsFile,
-    tracker: Tracker,
-    *,
-    title: str,
-    batch_size: int,
-    evaluators: dict[str, Evaluator],
-) -> None:
+def _loop(trainer: Trainer, reporter: Reporter, *, title: str, batch_size: int, micro_batches: int) -> None:
     config = trainer.config
+    if trainer.step >= config.steps:
+        return
     window: list[dict[str, Tensor]] = []
-    window_started = time.monotonic()
+    started = time.monotonic()
     with progress(title, config.steps, start=trainer.step, units_per_step=batch_size) as bar:
         with unmoved_random_state():  # an iterator's start draws from it, on a resume once more than without
-            batches = iter(trainer.loader)
-        for batch in batches:
-            window.append(trainer.train_step(batch))
+            stream = iter(trainer.loader)
+        while batches := list(islice(stream, micro_batches)):
+            window.append(trainer.train_step(batches))
+            trainer.writer.poll()
             step = trainer.step
             saving = step % config.save_every == 0 or step == config.steps
             if step % config.log_every == 0 or saving:  # no mean spans a checkpoint: resuming writes the same lines
                 figures = mean_figures(window)
-                seconds = time.monotonic() - window_started
-                figures["images_per_second"] = len(window) * batch_size / seconds
-                metrics.log({"step": step, **figures})
-                tracker.log(step, figures)
+                if not all(window):
+                    figures["skipped_steps"] = float(sum(not found for found in window))
+                figures["images_per_second"] = len(window) * batch_size / (time.monotonic() - started)
+                reporter.log(step, figures)
                 bar.update(step, summary(figures))
-                window, window_started = [], time.monotonic()
-            if config.eval_every and step % config.eval_every == 0 and step < config.steps:
-                _evaluate(trainer.modules["model"], trainer, evaluators, metrics, tracker)
-            if saving:
+                window, started = [], time.monotonic()
+            evaluating = config.eval_every and step % config.eval_every == 0 and step < config.steps
+            painting = config.images_every and (step % config.images_every == 0 or step == config.steps)
+            if evaluating or painting:
+                model = trainer.whole_model()
+                if evaluating:
+                    reporter.evaluate(step, model, trainer.device)
+                if painting:
+                    reporter.picture(step, model)
+            if saving and (trainer.guard.in_a_row == 0 or step == config.steps):  # a roll-back needs a sound one
                 trainer.save()  # after the evaluation: a run stopped in the middle of one does it again
             if step == config.steps:
+                trainer.writer.finish()
                 return
-
-
-def mean_figures(window: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Mean of each figure over the steps that have it (lazy terms are absent from most)."""
-    names = {name for figures in window for name in figures}
-    return {name: float(torch.stack([f[name] for f in window if name in f]).float().mean()) for name in sorted(names)}
-
-
-def summary(figures: dict[str, float]) -> str:
-    """`contrastive 2.31  pixel 3.9`: the weighted terms, for the progress line."""
-    terms = {name.split("/")[-1]: value for name, value in figures.items() if name.endswith("_loss")}
-    return "  ".join(f"{name.removesuffix('_loss')} {value:.3g}" for name, value in terms.items())
-
-
-def _evaluate(
-    model: nn.Module, trainer: Trainer, evaluators: dict[str, Evaluator], metrics: MetricsFile, tracker: Tracker
-) -> None:
-    model.eval()
-    for name, evaluator in evaluators.items():
-        with unmoved_random_state():
-            figures = evaluator.run(model, trainer.device)
-        metrics.log({"step": trainer.step, "eval": name, **figures, "card": evaluator.card()})
-        tracker.log(trainer.step, {f"{name}/{key}": value for key, value in figures.items()})
-    model.train()

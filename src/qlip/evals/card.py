@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torchdata.stateful_dataloader import StatefulDataLoader
 
+from qlip.data.loaders import StatefulDataLoader
 from qlip.data.shards import ShardDataset
 from qlip.engine.run_folder import git_commit, versions
 from qlip.models.qlip.fingerprint import encoder_fingerprint, model_fingerprint

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 from qlip.core import pixels
 from qlip.core.errors import UserError
 from qlip.core.log import progress
 from qlip.data.batches import evaluation_loader
+from qlip.data.loaders import StatefulDataLoader
 from qlip.evals.card import data_card_fields, model_card_fields, num_skipped, run_card_fields
 from qlip.losses.perceptual import EncoderDistance
 from qlip.metrics.frechet import FeatureStatistics, frechet_distance

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 from qlip.core.errors import UserError
 from qlip.core.log import progress
 from qlip.data.batches import Tokenize
+from qlip.data.loaders import StatefulDataLoader
 from qlip.data.scenes import COLOUR_NAMES, HELD_OUT_PAIRS, SHAPE_NAMES
 from qlip.evals.card import data_card_fields, model_card_fields, num_skipped, run_card_fields, sha256_of_names
 from qlip.evals.reconstruction import EvalData

@@ -28,6 +28,11 @@ class Quantized:
     """Scalar terms to be weighted by a task: `quantizer` in training, none in evaluation."""
     stats: dict[str, Tensor] = field(default_factory=dict)
     """Scalars to be logged, without gradient; none in evaluation."""
+    average_code: Tensor | None = None
+    """E[q], the mean soft code of this micro-batch on all ranks, with gradient, from a `JointQuantizer` in training.
+
+    None in evaluation, and from quantizers whose losses stay means over micro-batches (fsq, lfq, vq).
+    """
 
 
 torch.export.register_dataclass(Quantized)  # models that return it can be exported
@@ -46,6 +51,16 @@ class Quantizer(Protocol):
 
     def decode(self, bits: Tensor) -> Tensor:
         """(b, n, L) bool -> (b, n, d) float32 code vectors, bit for bit those of `forward`."""
+
+
+class JointQuantizer(Quantizer, Protocol):
+    """A quantizer whose loss holds the entropy of the mean soft code, which is no mean over micro-batches."""
+
+    def joint_correction(self, average_codes: Tensor) -> Tensor:
+        """(m, ...) the `average_code` of m micro-batches of equal size -> (), what their mean loss lacks.
+
+        Added to the mean of the m micro-batches' `quantizer` losses it gives the loss of the joined batch.
+        """
 
 
 def straight_through(code: Tensor, z: Tensor) -> Tensor:

@@ -50,22 +50,36 @@ def sample_entropy(u: Tensor, *, inv_temperature: float, unit_codes: bool = True
     return mean_over_ranks(binary_entropy(p).sum(-1).mean())
 
 
-def codebook_entropy(u: Tensor, *, inv_temperature: float, group_size: int, unit_codes: bool = True) -> Tensor:
-    """H(E[q]): the entropy of the average soft code over the global batch, summed over groups. Scalar, nats.
+def average_code(u: Tensor, *, inv_temperature: float, group_size: int, unit_codes: bool = True) -> Tensor:
+    """E[q]: the mean soft code over all tokens and ranks. (b, n, L) -> (L,) P(bit = 1), or (L/g, c) for groups g > 1.
 
-    (b, n, L) -> (). Group size 1 needs only the mean of each bit; group size g enumerates the 2^g codes of every
-    group (g = 9 costs 512 numbers per group and token). The mean runs over all ranks **before** the entropy.
+    Group size g enumerates the 2^g codes of every group (g = 9 costs 512 numbers per group and token).
     Raises `ValueError` for groups of more than 16 bits.
     """
     check_num_codes(group_size)
     if group_size == 1:
         p = bit_probabilities(u, inv_temperature=inv_temperature, unit_codes=unit_codes)
-        return binary_entropy(mean_over_ranks(p.flatten(0, -2).mean(0))).sum()
+        return mean_over_ranks(p.flatten(0, -2).mean(0))
     codes = digit_bits(torch.arange(2**group_size, device=u.device), group_size)  # (c, g)
     code_vectors = (2 * codes.to(u.dtype) - 1) * code_value(u.shape[-1], unit_codes=unit_codes)
     grouped = rearrange(u, "... (j g) -> (...) j g", g=group_size)
     q = (2 * inv_temperature * grouped @ code_vectors.T).softmax(-1)  # (tokens, j, c)
-    return entropy_terms(mean_over_ranks(q.mean(0))).sum()
+    return mean_over_ranks(q.mean(0))
+
+
+def average_code_entropy(average: Tensor, *, group_size: int) -> Tensor:
+    """Entropy of a mean soft code, summed over groups, in nats. (..., L) -> (...), or (..., L/g, c) -> (...)."""
+    return binary_entropy(average).sum(-1) if group_size == 1 else entropy_terms(average).sum((-2, -1))
+
+
+def codebook_entropy(u: Tensor, *, inv_temperature: float, group_size: int, unit_codes: bool = True) -> Tensor:
+    """H(E[q]): the entropy of the average soft code over the global batch, summed over groups. Scalar, nats.
+
+    (b, n, L) -> (). Group size 1 needs only the mean of each bit. The mean runs over all ranks **before** the entropy.
+    Raises `ValueError` for groups of more than 16 bits.
+    """
+    average = average_code(u, inv_temperature=inv_temperature, group_size=group_size, unit_codes=unit_codes)
+    return average_code_entropy(average, group_size=group_size)
 
 
 def bit_stats(bits: Tensor) -> dict[str, Tensor]:
@@ -127,12 +141,23 @@ class BinarySphericalQuantizer(nn.Module):
                 return Quantized(z_q=z_q, bits=bits)
             tau, unit_codes = self.inv_temperature, self.unit_codes
             per_sample = sample_entropy(u, inv_temperature=tau, unit_codes=unit_codes)
-            codebook = codebook_entropy(u, inv_temperature=tau, group_size=self.group_size, unit_codes=unit_codes)
+            average = average_code(u, inv_temperature=tau, group_size=self.group_size, unit_codes=unit_codes)
+            codebook = average_code_entropy(average, group_size=self.group_size)
             loss = (self.gamma_0 * per_sample - self.gamma * codebook) / tau
             if self.beta:
                 loss = loss + self.beta * mean_over_ranks((code - u).square().sum(-1).mean())
             stats = {"sample_entropy": per_sample.detach(), "codebook_entropy": codebook.detach(), **bit_stats(bits)}
-        return Quantized(z_q=z_q, bits=bits, losses={"quantizer": loss}, stats=stats)
+        return Quantized(z_q=z_q, bits=bits, losses={"quantizer": loss}, stats=stats, average_code=average)
+
+    def joint_correction(self, average_codes: Tensor) -> Tensor:
+        """``-gamma / tau (H(mean_m E_m[q]) - mean_m H(E_m[q]))`` for m micro-batches of equal size. Scalar.
+
+        average_codes (m, L), or (m, L/g, c) for groups g > 1: the `average_code` of each. Added to the mean of their
+        losses it gives the loss of the joined batch; exactly 0 for m = 1. The other terms are means over tokens.
+        """
+        joined = average_code_entropy(average_codes.mean(0), group_size=self.group_size)
+        apart = average_code_entropy(average_codes, group_size=self.group_size).mean(0)
+        return -(self.gamma / self.inv_temperature) * (joined - apart)
 
     def decode(self, bits: Tensor) -> Tensor:
         """(..., L) bool -> (..., L) float32 code vectors, entries +-float32(L^-1/2), or +-1."""

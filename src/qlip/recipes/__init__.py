@@ -10,9 +10,53 @@ from qlip.core.errors import UserError, nearest_name
 if TYPE_CHECKING:
     from qlip.recipes.run import RunConfig
 
-RECIPES = {
-    "scenes_tiny": ("qlip.recipes.scenes", "stage 1 on procedural scenes, two CPU cores, minutes"),
-    "scenes_tiny_stage2": ("qlip.recipes.scenes", "stage 2 of the same: perceptual and adversarial, frozen encoder"),
+SCENES = "qlip.recipes.scenes"
+TOKENIZER = "qlip.recipes.tokenizer"
+BASELINES = "qlip.recipes.baselines"
+ABLATIONS = "qlip.recipes.ablations"
+RECIPES = {  # name -> (module, one line); `qlip train --help` lists them in this order
+    "scenes_tiny": (SCENES, "stage 1 on procedural scenes, two CPU cores, minutes"),
+    "scenes_tiny_stage2": (SCENES, "stage 2 of the same: perceptual and adversarial, frozen encoder"),
+    "qlip_b_16_256": (TOKENIZER, "the paper's B-16, 256 px, stage 1: 128 GPUs"),
+    "qlip_b_16_256_stage2": (TOKENIZER, "... stage 2"),
+    "qlip_b_8_256": (TOKENIZER, "the paper's B-8, 256 px, stage 1: 128 GPUs"),
+    "qlip_b_8_256_stage2": (TOKENIZER, "... stage 2"),
+    "qlip_l_14_392": (TOKENIZER, "the paper's L-14, 392 px, stage 1: 128 GPUs, sharded"),
+    "qlip_l_14_392_stage2": (TOKENIZER, "... stage 2"),
+    "qlip_b_16_256_small": (TOKENIZER, "B-16 stage 1 for one GPU and a day"),
+    "qlip_b_16_256_stage2_small": (TOKENIZER, "... stage 2"),
+    "qlip_b_8_256_small": (TOKENIZER, "B-8 stage 1 for one GPU and a day"),
+    "qlip_b_8_256_stage2_small": (TOKENIZER, "... stage 2"),
+    "qlip_l_14_392_small": (TOKENIZER, "L-14 stage 1 for one GPU and a day"),
+    "qlip_l_14_392_stage2_small": (TOKENIZER, "... stage 2"),
+    "bsqvit_b_16": (BASELINES, "B-16 without text (BSQ-ViT), stage 1"),
+    "bsqvit_b_16_stage2": (BASELINES, "... stage 2"),
+    "clip_b_16": (BASELINES, "B-16 without decoder (CLIP)"),
+    "recipe2_b_16": (BASELINES, "Table 3c, recipe 2: stage 1 without quantizer"),
+    "recipe2_b_16_stage2": (BASELINES, "... stage 2 adds the quantizer"),
+    "bsqvit_b_16_small": (BASELINES, "BSQ-ViT stage 1 for one GPU"),
+    "bsqvit_b_16_stage2_small": (BASELINES, "... stage 2"),
+    "clip_b_16_small": (BASELINES, "CLIP for one GPU"),
+    "recipe2_b_16_small": (BASELINES, "recipe 2, stage 1, for one GPU"),
+    "recipe2_b_16_stage2_small": (BASELINES, "... stage 2"),
+    "table3a_1_0": (ABLATIONS, "Table 3a, contrast to pixels 1:0; 32 GPUs, as all of Table 3"),
+    "table3a_1_1": (ABLATIONS, "... 1:1"),
+    "table3a_1_1e2": (ABLATIONS, "... 1:100"),
+    "table3a_1_1e3": (ABLATIONS, "... 1:1,000, the paper's choice"),
+    "table3a_1_1e4": (ABLATIONS, "... 1:10,000"),
+    "table3a_0_1": (ABLATIONS, "... 0:1"),
+    "table3b_none": (ABLATIONS, "Table 3b, all weights fresh"),
+    "table3b_mim": (ABLATIONS, "... --task.init from EVA-02 (MIM)"),
+    "table3b_clip": (ABLATIONS, "... --task.init from EVA02-CLIP"),
+    "table3a_1_0_small": (ABLATIONS, "Table 3a, 1:0, for one GPU and a day, as all below"),
+    "table3a_1_1_small": (ABLATIONS, "... 1:1"),
+    "table3a_1_1e2_small": (ABLATIONS, "... 1:100"),
+    "table3a_1_1e3_small": (ABLATIONS, "... 1:1,000"),
+    "table3a_1_1e4_small": (ABLATIONS, "... 1:10,000"),
+    "table3a_0_1_small": (ABLATIONS, "... 0:1"),
+    "table3b_none_small": (ABLATIONS, "Table 3b, all weights fresh"),
+    "table3b_mim_small": (ABLATIONS, "... --task.init from EVA-02 (MIM)"),
+    "table3b_clip_small": (ABLATIONS, "... --task.init from EVA02-CLIP"),
 }
 
 

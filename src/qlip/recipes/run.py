@@ -3,115 +3,41 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 import tyro
-from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
 
+from qlip.core import distributed
 from qlip.core.config import differences, from_json, to_json
-from qlip.core.errors import UserError
+from qlip.core.errors import RankError, UserError
 from qlip.core.log import console
-from qlip.data.batches import DataConfig, training_loader
+from qlip.core.trackers import build_tracker
+from qlip.data.batches import DataConfig, evaluation_loader, training_loader
+from qlip.data.loaders import killed_worker
 from qlip.engine.checkpoint import checkpoint_folders, load_module
-from qlip.engine.interfaces import Evaluator, Task
-from qlip.engine.parallel import refuse_several_processes
+from qlip.engine.interfaces import Evaluator, Task, Tracker
+from qlip.engine.parallel import pick_device, pick_parallel
 from qlip.engine.run_folder import prepare_run_folder
 from qlip.engine.trainer import TrainerConfig, train
 from qlip.evals.reconstruction import EvalData
 from qlip.evals.run import EVALUATIONS, build_evaluator
-from qlip.models.qlip.configuration import QLIPConfig, QLIPDecoderConfig, QLIPTextConfig, QLIPVisionConfig
-from qlip.models.qlip.loading import EXPORT_MARKER, load_model, load_processor, save_model
+from qlip.evals.sample_grid import reconstruction_grid, save_grid
+from qlip.models.qlip.loading import EXPORT_MARKER, save_model
 from qlip.models.qlip.modeling import QLIPModel
 from qlip.models.qlip.processing import QLIPProcessor
 from qlip.models.qlip.tokenizer import text_tokenizer
-from qlip.quantizers.base import check_num_codes
 from qlip.recipes import RECIPES, find_recipe
+from qlip.recipes.model import ModelConfig, fresh_model, model_from, with_quantizer
 from qlip.tasks.align import AlignConfig, AlignTask
 from qlip.tasks.reconstruct import ReconstructConfig, ReconstructTask
 
-
-@dataclass(kw_only=True, slots=True)
-class TowerSize:
-    """Size of one transformer."""
-
-    hidden_size: int = 768
-    """Width d."""
-    num_layers: int = 12
-    """Blocks L."""
-    num_heads: int = 12
-    """Attention heads; the released models have width / heads = 64."""
-    intermediate_size: int = 2048
-    """Feed-forward width I."""
-
-
-@dataclass(kw_only=True, slots=True)
-class ModelConfig:
-    """Size of a fresh QLIP; defaults are B-16-256. A run that starts from a model (`task.init`) ignores this part."""
-
-    image_size: int = 256
-    """Side of the square pictures in pixels."""
-    patch_size: int = 16
-    """Side of a patch, one token each."""
-    quantizer: Literal["bsq", "none", "fsq", "lfq", "vq"] = "bsq"
-    """Binary spherical; none (the decoder sees the encoder's states); or one of vector-quantize-pytorch's."""
-    num_bits: int = 28
-    """Bits per token; for fsq those that its levels make."""
-    group_size: int = 1
-    """Bits whose joint entropy the codebook term sees (bsq, lfq), or bits of one codebook (vq); at most 16."""
-    fsq_levels: tuple[int, ...] = ()
-    """Levels of each latent dimension, for fsq alone: seven times 16 make 28 bits."""
-    encoder: TowerSize = field(default_factory=TowerSize)
-    """Vision encoder."""
-    decoder: TowerSize = field(default_factory=TowerSize)
-    """Visual decoder."""
-    text: TowerSize = field(
-        default_factory=lambda: TowerSize(hidden_size=512, num_layers=12, num_heads=8, intermediate_size=2048)
-    )
-    """Text tower."""
-    context_length: int = 77
-    """Longest text in tokens; longer ones are cut."""
-    projection_dim: int = 512
-    """Width of the shared embedding."""
-    initializer_range: float = 0.02
-    """Standard deviation of fresh weights; narrow towers learn faster from about 1/sqrt(width)."""
-
-    def build_config(self) -> QLIPConfig:
-        """The transformers config of this size."""
-        check_num_codes(self.group_size)
-        grid = {"image_size": self.image_size, "patch_size": self.patch_size}
-        text = QLIPTextConfig(max_position_embeddings=self.context_length, **_tower(self.text))
-        vision = QLIPVisionConfig(
-            quantizer=self.quantizer,
-            num_bits=self.num_bits,
-            quantizer_group_size=self.group_size,
-            fsq_levels=list(self.fsq_levels) or None,
-            hidden_size_post_q=self.decoder.hidden_size,
-            initializer_range=self.initializer_range,
-            **grid,
-            **_tower(self.encoder),
-        )
-        decoder = QLIPDecoderConfig(initializer_range=self.initializer_range, **grid, **_tower(self.decoder))
-        text.initializer_range = self.initializer_range
-        return QLIPConfig(
-            text_config=text,
-            vision_config=vision,
-            decoder_config=decoder,
-            projection_dim=self.projection_dim,
-            initializer_range=self.initializer_range,
-        )
-
-
-def _tower(size: TowerSize) -> dict[str, int]:
-    return {
-        "hidden_size": size.hidden_size,
-        "num_hidden_layers": size.num_layers,
-        "num_attention_heads": size.num_heads,
-        "intermediate_size": size.intermediate_size,
-    }
+NUM_PICTURES = 8  # in a grid of originals and reconstructions
 
 
 @dataclass(kw_only=True, slots=True)
@@ -159,50 +85,117 @@ class TrainOptions:
 def run_recipe(config: RunConfig, *, folder: Path, accept_changes: bool = False) -> Path:
     """Train what the config describes in `folder`, or resume, and return the export folder.
 
-    Raises `UserError` before training for missing data, a folder that cannot be written or holds another config.
+    Under torchrun all processes call it, and stay together when it returns. Raises `UserError` before training for
+    missing data, a batch that the processes cannot share, a folder that cannot be written or holds another config.
     """
-    refuse_several_processes()
     _refuse_impossible(config)
-    export_folder = folder / "export"
-    torch.manual_seed(config.trainer.seed)
+    pick_parallel(config.trainer.parallel)
+    batch_size, micro_batches = split_batch(config.data, num_ranks=distributed.launched_processes())
+    distributed.start(device_type=pick_device(config.trainer.device).type)
+    torch.manual_seed(config.trainer.seed)  # equal weights and random numbers on all ranks
     model, processor = _model_and_processor(config)
-    weights = sum(parameter.numel() for parameter in model.parameters())
-    checkpoint_bytes = 3 * 4 * weights  # weights and two Adam moments in float32
-    finished = is_finished(folder, config)
-    base = find_recipe(config.recipe) if config.recipe in RECIPES else config  # a config of one's own has no recipe
-    prepare_run_folder(
-        folder,
-        to_json(config),
-        changes=differences(to_json(base), to_json(config)),
-        bytes_needed=checkpoint_bytes * (config.trainer.keep_checkpoints + 1) + 4 * weights,
-        accept_changes=accept_changes and not finished,  # config.json goes on describing the weights beside it
-    )
-    if finished:
+    export_folder = folder / "export"
+    if _prepare(folder, config, model, accept_changes=accept_changes):
         console.print(f"{folder} is finished ({config.trainer.steps} steps); its model is {export_folder}")
         return export_folder
-    task: Task
-    if isinstance(config.task, AlignConfig):
-        task = AlignTask(model, config.task)
-    else:
-        task = ReconstructTask(model, config.task)
     loader = training_loader(
         config.data,
         image_size=model.config.vision_config.image_size,
         tokenize=text_tokenizer(processor.tokenizer),
         seed=config.trainer.seed,
         ledger=folder / "skipped.jsonl",
+        rank=distributed.rank(),
+        num_ranks=distributed.world_size(),
     )
-    train(
-        task,
-        loader,
-        config.trainer,
-        folder=folder,
-        title=config.recipe,
-        batch_size=config.data.batch_size,
-        evaluators=_evaluators(config, processor),
-        export=partial(save_model, folder=export_folder, processor=processor, step=config.trainer.steps),
-    )
+    try:
+        train(
+            _task(model, config),
+            loader,
+            config.trainer,
+            folder=folder,
+            title=config.recipe,
+            batch_size=batch_size,
+            micro_batches=micro_batches,
+            evaluators=_evaluators(config, processor),
+            tracker=partial(_tracker, config, folder),
+            pictures=_pictures(config, model, folder) if config.trainer.images_every else None,
+            export=partial(save_model, folder=export_folder, processor=processor, step=config.trainer.steps),
+        )
+    except (UserError, RuntimeError) as error:
+        problem = error if isinstance(error, UserError) else killed_worker(error)
+        if problem is None and isinstance(error, RuntimeError) and distributed.is_lost_peer(error):
+            problem = UserError("another process has gone; what it said is above or below; start again to resume")
+        if problem is None:
+            raise
+        if distributed.world_size() == 1:
+            raise problem from None
+        raise RankError(f"rank {distributed.rank()}: {problem}") from None
     return export_folder
+
+
+def split_batch(data: DataConfig, *, num_ranks: int) -> tuple[int, int]:
+    """Samples per optimizer step over all ranks, and the micro-batches in which each rank reads its share.
+
+    Raises `UserError` when `global_batch_size` cannot be shared evenly.
+    """
+    at_once = data.batch_size * num_ranks
+    total = data.global_batch_size or at_once
+    if total % at_once:
+        fitting = [size for size in range(1, data.batch_size + 1) if total % (size * num_ranks) == 0]
+        remedy = f"take --data.batch-size {fitting[-1]}" if fitting else "start a number of processes that divides it"
+        raise UserError(
+            f"data.global_batch_size {total} is not a multiple of {num_ranks} processes x data.batch_size "
+            f"{data.batch_size}: {remedy}"
+        )
+    return total, total // at_once
+
+
+def _prepare(folder: Path, config: RunConfig, model: QLIPModel, *, accept_changes: bool) -> bool:
+    """Make or check the run folder, on rank 0 for all. Returns whether the run is finished already."""
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    checkpoint_bytes = 3 * 4 * weights  # weights and two Adam moments in float32
+    finished = is_finished(folder, config)
+    base = find_recipe(config.recipe) if config.recipe in RECIPES else config  # a config of one's own has no recipe
+    prepare = partial(
+        prepare_run_folder,
+        folder,
+        to_json(config),
+        changes=differences(to_json(base), to_json(config)),
+        bytes_needed=checkpoint_bytes * (config.trainer.keep_checkpoints + 1) + 4 * weights,
+        accept_changes=accept_changes and not finished,  # config.json goes on describing the weights beside it
+    )
+    distributed.on_first_rank(prepare)
+    return finished
+
+
+def _task(model: QLIPModel, config: RunConfig) -> Task:
+    if isinstance(config.task, AlignConfig):
+        return AlignTask(model, config.task)
+    return ReconstructTask(model, config.task)
+
+
+def _tracker(config: RunConfig, folder: Path, resume_step: int) -> Tracker:
+    name = config.trainer.tracker if distributed.rank() == 0 else "none"
+    return build_tracker(name, folder=folder, run_name=folder.name, config=to_json(config), resume_step=resume_step)
+
+
+def _pictures(config: RunConfig, model: QLIPModel, folder: Path) -> Callable[[nn.Module, int], Tensor]:
+    """What draws samples/step_XXXXXXXX.png: the first pictures of the held-out data, or of the training data."""
+    loader = evaluation_loader(
+        config.evals.data or config.data.train,
+        image_size=model.config.vision_config.image_size,
+        tokenize=None,
+        batch_size=NUM_PICTURES,
+        max_skip_share=1.0,
+    )
+    pixel_values = next(iter(loader))["pixel_values"]
+
+    def paint(model: nn.Module, step: int) -> Tensor:
+        grid = reconstruction_grid(model, pixel_values)
+        save_grid(folder / "samples" / f"step_{step:08d}.png", grid)
+        return grid
+
+    return paint
 
 
 def _refuse_impossible(config: RunConfig) -> None:
@@ -214,8 +207,11 @@ def _refuse_impossible(config: RunConfig) -> None:
     for name in ("steps", "log_every", "save_every", "keep_checkpoints"):
         if getattr(config.trainer, name) < 1:
             raise UserError(f"trainer.{name} is {getattr(config.trainer, name)}: give at least 1")
-    if config.data.batch_size < 1:
-        raise UserError(f"data.batch_size is {config.data.batch_size}: give at least 1")
+    for name, least in (("batch_size", 1), ("global_batch_size", 0)):
+        if getattr(config.data, name) < least:
+            raise UserError(f"data.{name} is {getattr(config.data, name)}: give at least {least}")
+    if isinstance(config.task, ReconstructConfig) and config.task.r1_every < 1:
+        raise UserError(f"task.r1_every is {config.task.r1_every}: give at least 1, and --task.r1-gamma 0 for no R1")
     if config.trainer.eval_every and not config.evals.data:
         raise UserError("trainer.eval_every has nothing to measure: add --evals.data PATH, or set it to 0")
 
@@ -234,17 +230,22 @@ def _evaluators(config: RunConfig, processor: QLIPProcessor) -> dict[str, Evalua
 
 
 def _model_and_processor(config: RunConfig) -> tuple[QLIPModel, QLIPProcessor]:
-    if isinstance(config.task, AlignConfig) and not config.task.init:
-        try:
-            model = QLIPModel(config.model.build_config())
-        except (StrictDataclassError, ValueError) as error:  # transformers' configs wrap theirs in the former
-            reason = str(error).splitlines()[-1].strip().removeprefix("ValueError: ")
-            raise UserError(f"model: {reason}; change the --model options") from None
-        return model, QLIPProcessor.for_size(config.model.image_size, context_length=config.model.context_length)
-    if not config.task.init:
+    """Fresh, or from `task.init`; stage 2 needs the latter, and may put a quantizer in."""
+    task = config.task
+    if isinstance(task, AlignConfig) and not task.init:
+        return fresh_model(config.model)
+    if not task.init:
         raise UserError("stage 2 starts from a stage-1 model: add --task.init RUN/export")
-    model = load_model(config.task.init).float()  # master weights, whatever the file has
-    return model, load_processor(config.task.init)
+    model, processor = model_from(task.init)
+    if isinstance(task, ReconstructConfig) and task.add_quantizer:
+        return with_quantizer(model, config.model, task.add_quantizer), processor
+    has = model.config.vision_config.quantizer
+    if config.model.quantizer == "none" != has:
+        raise UserError(
+            f"model.quantizer is none, but {task.init} has {has}, and a model that is given keeps its own: "
+            "make a start without one (`qlip import eva ... --quantizer none`)"
+        )
+    return model, processor
 
 
 def load_run(run: Path, *, step: int | None) -> tuple[QLIPModel, QLIPProcessor, int]:

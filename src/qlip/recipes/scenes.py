@@ -5,7 +5,8 @@ from __future__ import annotations
 from qlip.data.batches import DataConfig
 from qlip.engine.interfaces import OptimizerConfig
 from qlip.engine.trainer import TrainerConfig
-from qlip.recipes.run import ModelConfig, RunConfig, TowerSize
+from qlip.recipes.model import ModelConfig, TowerSize
+from qlip.recipes.run import RunConfig
 from qlip.tasks.align import AlignConfig
 from qlip.tasks.reconstruct import ReconstructConfig
 

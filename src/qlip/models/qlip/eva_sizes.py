@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qlip.core.errors import UserError
 from qlip.models.qlip.configuration import QLIPConfig, QLIPDecoderConfig, QLIPTextConfig, QLIPVisionConfig
@@ -34,6 +34,8 @@ class EvaImportConfig:
     """Width of one attention head of the imported towers; 64 in all releases."""
     decoder_layers: int | None = None
     """Blocks of the decoder; None gives it as many as the encoder has."""
+    quantizer: Literal["bsq", "none"] = "bsq"
+    """Of the fresh bottleneck; none lets the decoder see the encoder's states."""
     seed: int = 0
     """Seed of the fresh weights."""
 
@@ -60,7 +62,7 @@ def build_config(moves: dict[str, Move], config: EvaImportConfig, *, src: Path, 
     decoder = tower if config.decoder_layers is None else tower | {"num_hidden_layers": config.decoder_layers}
     return QLIPConfig(
         text_config=QLIPTextConfig(**_text(moves, encoder_width=width, head_dim=config.head_dim, path=text_src)),
-        vision_config=QLIPVisionConfig(**tower, hidden_size_post_q=width),
+        vision_config=QLIPVisionConfig(**tower, quantizer=config.quantizer, hidden_size_post_q=width),
         decoder_config=QLIPDecoderConfig(**decoder),
         projection_dim=_projection_dim(moves, encoder_width=width, src=src, text_src=text_src),
         vision_projection_bias=VISUAL_PROJECTION not in moves or "visual_projection.bias" in moves,

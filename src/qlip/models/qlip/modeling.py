@@ -163,9 +163,13 @@ class QLIPModel(QLIPPreTrainedModel):
         *,
         output_hidden_states: bool | None = None,
         interpolate_pos_encoding: bool = False,
+        reconstruct: bool = True,
         **_: object,
     ) -> QLIPOutput:
-        """Pixels (b, 3, S, S) and/or texts (t, length) -> `QLIPOutput` with whatever can be computed."""
+        """Pixels (b, 3, S, S) and/or texts (t, length) -> `QLIPOutput` with whatever can be computed.
+
+        `reconstruct=False` leaves the decoder out, which scores and bits do not need.
+        """
         if output_hidden_states is None and self.config.output_hidden_states:
             output_hidden_states = True
         found: dict[str, Any] = {}
@@ -178,7 +182,8 @@ class QLIPModel(QLIPPreTrainedModel):
             patch = self.config.vision_config.patch_size
             grid = (pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch)
             found["image_embeds"] = unit_norm(self.visual_projection(vision.pooler_output))
-            found["reconstructions"] = self.vision_decoder(vision.last_hidden_state, grid=grid)
+            if reconstruct:
+                found["reconstructions"] = self.vision_decoder(vision.last_hidden_state, grid=grid)
             found["bits"] = None if vision.quantized is None else vision.quantized.bits
             found["vision_model_output"] = vision
         if input_ids is not None:

@@ -7,8 +7,8 @@
 The shape is that of QLIP's Fig 3: GB over pictures at once. Every point is the trainer's own step (forward, backward,
 optimizer) on random pictures and random weights, on which memory does not depend, twice, so that moments exist; the
 step is one with R1. Sizes double until memory is exhausted. On a GPU the peak is the allocator's
-(`max_memory_allocated`), which the prediction without its reserve should equal; on a CPU it is what the process adds,
-libraries and all: a smoke test, not a figure.
+(`max_memory_allocated`), which the prediction without its reserve should equal; on a CPU it is the resident memory of
+the process, libraries and all: a smoke test, not a figure.
 """
 
 from __future__ import annotations
@@ -94,16 +94,16 @@ def trainer_of(config: RunConfig, folder: Path, *, perceptual: bool) -> Trainer:
     return Trainer(task, None, config.trainer, folder)  # type: ignore[arg-type]
 
 
-def resident_bytes(field: str) -> int:
-    """VmRSS now, or VmHWM since the last reset, of this process (Linux)."""
+def peak_resident_bytes() -> int:
+    """VmHWM of this process since its last reset (Linux)."""
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
+        if line.startswith("VmHWM"):
             return int(line.split()[1]) * 1024
-    raise OSError(f"{field} is not in /proc/self/status")
+    raise OSError("VmHWM is not in /proc/self/status")
 
 
-def peak_bytes(trainer: Trainer, batch: Batch, device: str, *, before: int) -> int:
-    """Peak of a step on which everything rare is due and moments exist; `before` is what the process had at first."""
+def peak_bytes(trainer: Trainer, batch: Batch, device: str) -> int:
+    """Peak of a step on which everything rare is due and moments exist."""
     trainer.train_step([batch])
     trainer.step = 0
     if device == "cuda":
@@ -114,7 +114,7 @@ def peak_bytes(trainer: Trainer, batch: Batch, device: str, *, before: int) -> i
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     trainer.train_step([batch])
-    return resident_bytes("VmHWM") - before
+    return peak_resident_bytes()
 
 
 def predicted_bytes(variant: Variant, batch_size: int) -> float:
@@ -127,7 +127,6 @@ def measure_variant(
     name: str, config: RunConfig, batches: list[int], device: str, *, perceptual: bool, folder: Path
 ) -> list[Point]:
     """A point per batch size, until memory is exhausted."""
-    before = resident_bytes("VmRSS")
     variant = measure(name, config, perceptual=perceptual, num_gpus=1)
     trainer = trainer_of(config, folder, perceptual=perceptual)
     model = trainer.modules["model"]
@@ -136,7 +135,7 @@ def measure_variant(
     for size in batches:
         predicted = predicted_bytes(variant, size) / BYTES_PER_GB
         try:
-            measured = peak_bytes(trainer, random_batch(model, size), device, before=before) / BYTES_PER_GB
+            measured = peak_bytes(trainer, random_batch(model, size), device) / BYTES_PER_GB
         except torch.cuda.OutOfMemoryError:
             console.print(f"{name}  {size}: out of memory ({predicted:.2f} GB predicted)")
             break

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Callable
 
-from qlip import __version__, commands
+from qlip import __version__, commands, recipe_commands
 from qlip.core.arguments import parse_arguments
-from qlip.core.errors import RankError, UserError, nearest_name
+from qlip.core.errors import RankError, UserError, last_line, nearest_name
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": commands.demo,
-    "train": commands.train,
-    "balance": commands.balance,
-    "check": commands.check,
+    "train": recipe_commands.train,
+    "balance": recipe_commands.balance,
+    "check": recipe_commands.check,
     "eval": commands.evaluate,
     "data scenes": commands.data_scenes,
     "data inspect": commands.data_inspect,
@@ -63,19 +62,13 @@ def dispatch(arguments: list[str]) -> None:
         parse_arguments(COMMANDS[name], arguments[words:], prog=f"qlip {name}")()
 
 
-def _last_line(error: UserError) -> str:
-    """The message without the traceback that torch puts before it when it comes from a data worker."""
-    line = next((line for line in reversed(str(error).splitlines()) if line.strip()), "")
-    return re.sub(r"^qlip[\w.]*Error: ", "", line.strip())
-
-
 def main() -> None:
     """Entry point: exit code 0, 2 with one line for a mistake that the user can mend, 130 after Ctrl-C."""
     try:
         dispatch(sys.argv[1:])
     except UserError as error:
         if isinstance(error, RankError) or os.environ.get("RANK", "0") == "0":  # what all ranks meet is said once
-            print(f"qlip: {_last_line(error)}", file=sys.stderr)
+            print(f"qlip: {last_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("qlip: stopped; start the same command again to go on from the last checkpoint", file=sys.stderr)

@@ -101,7 +101,7 @@ def test_the_report_reads_in_a_log_file(capsys):
     assert len(tables) > 20 and max(map(len, tables)) <= 80
     for said in (
         "scenes_tiny: parts", "vision encoder", "model in all", "memory of one of 8 GPUs at batch 8, activations kept",
-        "does NOT fit 1 GB", "activations recomputed", "a step: 64 pictures = 8 GPUs x 1 micro-batches x 8 (ddp)",
+        "does NOT fit 1 GB", "activations recomputed", "a step: 64 pictures = 8 (GPUs, ddp) x 1 (micro-batches) x 8",
         "suggested: 0 (all at once)", "an estimate from 35% of 989 TFLOP/s", "trainer.compile is on",
         "not ready: no training data: add --data.train",
     ):  # fmt: skip

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 import qlip
+from qlip.apps.balance import BalanceOptions
+from qlip.apps.check import CheckOptions
 from qlip.cli import COMMANDS, dispatch
 from qlip.core.arguments import parse_arguments
 from qlip.recipes import find_recipe
@@ -47,11 +49,18 @@ def qlip_commands() -> list[str]:
     return list(dict.fromkeys(found))
 
 
+OF_A_RECIPE = {  # command -> its options, with the recipe's values as defaults
+    "train": lambda run: TrainOptions(run=run, out=Path("run")),
+    "balance": lambda run: BalanceOptions(run=run, out=Path("run")),
+    "check": lambda run: CheckOptions(run=run),
+}
+
+
 def check(arguments: list[str]) -> None:
     """Parse a command without making its call; raises what a user would see."""
-    if arguments[:1] == ["train"] and len(arguments) > 1 and not arguments[1].startswith("-"):
-        default = TrainOptions(run=find_recipe(arguments[1]), out=Path("run"))
-        parse_arguments(TrainOptions, arguments[2:], prog="qlip train", default=default)
+    if arguments[0] in OF_A_RECIPE and len(arguments) > 1 and not arguments[1].startswith("-"):
+        default = OF_A_RECIPE[arguments[0]](find_recipe(arguments[1]))
+        parse_arguments(type(default), arguments[2:], prog=f"qlip {arguments[0]}", default=default)
         return
     words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
     if "--help" in arguments or " ".join(arguments[:words]) not in COMMANDS:

@@ -128,7 +128,8 @@ def test_batches_can_be_shared_and_logits_fit(name):
     total, micro_batches = split_batch(config.data, num_ranks=gpus)
     assert total == config.data.global_batch_size
     if gpus > 1 and config.model.image_size == 256:
-        assert micro_batches == 1  # the hardware is what the batch was made for
+        fitting = {16: 1, 8: 2}[config.model.patch_size] if isinstance(config.task, AlignConfig) else 4
+        assert micro_batches == fitting  # `qlip check`: more do not fit 80 GB
     if isinstance(config.task, AlignConfig):
         rows, columns = total // gpus, config.task.contrastive_chunk or total
         assert rows * columns * 4 < 1e9

@@ -157,9 +157,10 @@ def _step_lines(report: Report) -> list[str]:
     options, plan = report.options, report.variants[0].plan
     config, spread = options.run, plan.spread
     size = config.data.batch_size
+    kind = f", {spread.parallel}" if options.gpus > 1 else ""
     lines = [
-        f"a step: {spread.all_samples(size):,} pictures = {options.gpus} GPUs x {spread.micro_batches(size)} "
-        f"micro-batches x {size} ({spread.parallel if options.gpus > 1 else 'one process'})"
+        f"a step: {spread.all_samples(size):,} pictures = {options.gpus} (GPUs{kind}) x "
+        f"{spread.micro_batches(size)} (micro-batches) x {size}"
     ]
     if plan.contrast.width:
         rows, columns = spread.samples_per_gpu(size), spread.all_samples(size)
@@ -170,11 +171,12 @@ def _step_lines(report: Report) -> list[str]:
             f"contrast: {rows:,} x {columns:,} pairs; with contrastive_chunk {plan.contrast.chunk} logits take "
             f"{taken:.2f} GB; suggested: {advice}"
         )
-    flops = ", ".join(f"{value / 1e9:.0f} in {name}" for name, value in report.flops.items() if value >= 5e8)
-    lines.append(f"training takes {sum(report.flops.values()) / 1e9:.0f} GFLOP a picture ({flops})")
+    total = sum(report.flops.values())
+    flops = ", ".join(f"{value / total:.0%} in {name}" for name, value in report.flops.items())
+    lines.append(f"training takes {total / 1e9:.4g} GFLOP a picture ({flops})")
     lines.append(
-        f"time: about {_duration(report.seconds)} for {config.trainer.steps:,} steps on {options.gpus} GPUs; an "
-        f"estimate from {options.mfu:.0%} of {options.tflops:g} TFLOP/s in bf16 and half of it in float32"
+        f"time: about {_duration(report.seconds)} for {config.trainer.steps:,} steps; an estimate from "
+        f"{options.mfu:.0%} of {options.tflops:g} TFLOP/s in bf16 and half of it in float32"
     )
     if config.trainer.compile:
         lines.append("trainer.compile is on: compiled blocks hold somewhat less than counted here")
@@ -185,4 +187,4 @@ def _duration(seconds: float) -> str:
     for unit, size in (("days", 86_400.0), ("hours", 3600.0), ("minutes", 60.0)):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} seconds"
+    return f"{seconds:.2g} seconds"

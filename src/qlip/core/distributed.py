@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from qlip.core.errors import UserError
+
+Result = TypeVar("Result")
+LOST_PEER = ("onnection closed", "onnection reset", "onnection refused", "timed out", "aborted", "Broken pipe")
 
 
 def launched_processes() -> int:
@@ -149,6 +152,21 @@ def on_first_rank(action: Callable[[], None]) -> None:
         raise UserError(problem)
 
 
+def on_all_ranks(action: Callable[[], Result]) -> Result:
+    """Run it on every rank; when it raises a `UserError` on any, every rank raises the first one's."""
+    result, problem = None, None
+    try:
+        result = action()
+    except UserError as error:
+        problem = str(error)
+    problems = gather_objects(problem)
+    failed = [index for index, found in enumerate(problems) if found is not None]
+    if failed:
+        where = "" if len(failed) == len(problems) else f"rank {failed[0]}: "
+        raise UserError(f"{where}{problems[failed[0]]}")
+    return cast(Result, result)
+
+
 def wait_for_all() -> None:
     """Go on when every rank has come here."""
     if world_size() > 1:
@@ -162,8 +180,7 @@ def background_group() -> dist.ProcessGroup | None:
 
 def is_lost_peer(error: RuntimeError) -> bool:
     """Whether an exchange failed because another process has gone."""
-    of_gloo = "gloo" in str(error) and "onnection" in str(error)
-    return isinstance(error, dist.DistError) or of_gloo
+    return any(sign in str(error) for sign in LOST_PEER) and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
 def replicating_mesh(device_type: str) -> DeviceMesh:

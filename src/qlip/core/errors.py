@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -21,3 +22,9 @@ def nearest_name(name: str, known: Iterable[str]) -> str:
     if close:
         return f"did you mean {close[0]!r}?"
     return f"known: {', '.join(known)}"
+
+
+def last_line(error: BaseException) -> str:
+    """The message without the traceback that torch puts before it when it comes from a data worker."""
+    line = next((line for line in reversed(str(error).splitlines()) if line.strip()), "")
+    return re.sub(r"^[\w.]*Error: ", "", line.strip())

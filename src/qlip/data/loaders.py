@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader as StatefulDataLoader
 
-from qlip.core.errors import UserError
+from qlip.core.errors import UserError, last_line
 from qlip.core.log import console
 
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
@@ -73,7 +73,7 @@ class TrainingLoader:
         try:
             yield from batches
         except UserError as error:
-            raise UserError(_last_line(error)) from None
+            raise UserError(last_line(error)) from None
         except RuntimeError as error:
             killed = killed_worker(error)
             if killed is None:
@@ -164,9 +164,3 @@ def _reader_states(state: dict[str, Any]) -> list[dict[str, Any]]:
         return [workers[f"worker_{number}"]["dataset_state"] for number in range(num_workers)]
     except KeyError as error:
         raise UserError(f"the saved data position has no {error}: another version wrote it; start a new run") from None
-
-
-def _last_line(error: UserError) -> str:
-    """The message without the traceback that torch puts before it when it comes from a worker."""
-    line = next((line for line in reversed(str(error).splitlines()) if line.strip()), "")
-    return re.sub(r"^[\w.]*UserError: ", "", line.strip())

@@ -224,6 +224,11 @@ class ShardDataset(IterableDataset):
             if not block:
                 here.shard, here.event = shard, event
                 return
+            if here.inside > len(block):
+                raise UserError(
+                    f"{shards[here.shard]} has changed since the checkpoint or cannot be read whole: the position to "
+                    "resume from is not in it; put it back, or choose another --out"
+                )
             for _ in range(here.inside):
                 block.popleft()
             while block and not self._is_cut_short():

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from qlip.core.distributed import background_group, gather_objects, rank, wait_for_all, world_size
+from qlip.core.distributed import background_group, gather_objects, is_lost_peer, rank, wait_for_all, world_size
 from qlip.core.errors import UserError
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -196,7 +196,7 @@ def _cannot_write(final: Path, error: BaseException) -> UserError:
     if rank() == 0:
         shutil.rmtree(final.with_suffix(".tmp"), ignore_errors=True)
     cause = _first_cause(error)
-    if isinstance(cause, KeyboardInterrupt):
+    if isinstance(cause, KeyboardInterrupt) or (isinstance(cause, RuntimeError) and is_lost_peer(cause)):
         raise cause from None
     return UserError(f"could not write {final}: {_reason(error)}; free disk space and start again to resume")
 

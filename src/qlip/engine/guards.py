@@ -1,8 +1,11 @@
 """What watches a run: non-finite steps, recorded and skipped alike on all ranks, and signs that training has collapsed.
 
-non-finite loss or gradient on any rank -> record on every rank, no weight moves -> next step
-too many in a row                       -> everything back to the newest checkpoint, once
-the same again, or nothing to go back to -> the run stops with one line
+    non-finite loss or gradient on any rank  -> record on every rank, no weight of the phase moves -> next step
+    too many in a row                        -> everything back to the newest checkpoint, once
+    the same again, or nothing to go back to -> the run stops with one line
+
+Going back reads the same data in the same order: it mends a fault that passes, such as one of the hardware, and ends a
+run whose weights or data are at fault.
 """
 
 from __future__ import annotations
@@ -63,11 +66,14 @@ class FiniteGuard:
     def allows(
         self, values: dict[str, Tensor], *, batches: list[Batch], modules: nn.ModuleDict, place: StepPlace
     ) -> bool:
-        """True when every value on every rank is finite. Otherwise a record is written, and the step has to be skipped.
+        """True when losses and gradient norm are finite on every rank; else the step is recorded and to be skipped.
+
+        What is only logged does not count.
 
         Raises `NonFiniteStepError` where the action is `stop`, `RollBack` after too many skipped steps in a row.
         """
-        finite = torch.stack([own_part(value.detach()).isfinite().all() for value in values.values()]).all()
+        deciding = [value for name, value in values.items() if name.endswith(("loss", "grad_norm"))]
+        finite = torch.stack([value.detach().isfinite().all().to(place.device) for value in deciding]).all()
         self._recent.append({"step": place.step, "phase": place.phase, **values})
         if not any_rank(not bool(finite), device=place.device):
             return True
@@ -77,8 +83,8 @@ class FiniteGuard:
         where = f"step {place.step} ({place.phase}): {names} not finite"
         if self.action == "stop":
             raise NonFiniteStepError(
-                f"{where}; no weight has moved, the samples are in {record}; lower the learning rate or remove "
-                "the sample and start again to resume, or let such steps be skipped (--trainer.nonfinite skip)"
+                f"{where}; no weight of this phase has moved, the samples are in {record}; lower the learning rate "
+                "or remove the sample and start again to resume, or skip such steps (--trainer.nonfinite skip)"
             )
         self.in_a_row += 1
         console.print(f"{where}; skipped, the samples are in {record}")
@@ -118,13 +124,16 @@ class FiniteGuard:
             "cpu_random_state": base64.b64encode(bytes(torch.get_rng_state().tolist())).decode(),
         }
         path = place.folder / f"nonfinite_step_{place.step:08d}_rank{rank()}.json"
-        path.write_text(json.dumps(content, indent=1))
+        try:
+            path.write_text(json.dumps(content, indent=1))
+        except OSError as error:  # the decision counts, and ranks must not part over a full disk
+            console.print(f"cannot write {path}: {error.strerror}")
         return path
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
-        value = float(own_part(value.detach()))
+        value = float(value.detach())
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

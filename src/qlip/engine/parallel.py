@@ -33,6 +33,8 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda:") and launched_processes() > 1:
+        raise UserError(f"device {name!r} would be every process's: take cuda, which gives each its own")
     if name == "cuda" and launched_processes() > 1:
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
@@ -73,7 +75,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
 
 
 def make_scalars_vectors(modules: nn.Module) -> None:
-    """Give parameters without dimensions the shape (1,): only that can be sharded. `whole_copy` turns them back."""
+    """Give parameters without dimensions the shape (1,), as sharding asks; `Trainer.whole_model` turns them back."""
     for module in modules.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim == 0:
@@ -88,12 +90,17 @@ def set_activation_checkpointing(modules: nn.Module, *, enabled: bool) -> None:
             module.gradient_checkpointing = enabled
 
 
-def compile_blocks(modules: nn.Module) -> None:
-    """Compile every transformer block in place: one graph for all blocks of a tower, compiled within a minute."""
+def compile_blocks(modules: nn.Module, *, backend: str = "inductor") -> None:
+    """Compile every transformer block in place: one graph for all blocks of a tower, compiled within a minute.
+
+    Their backward passes keep what they have saved, since gradients of single losses may be taken before the whole one.
+    """
+    torch._functorch.config.donated_buffer = False
     for module in modules.modules():
         if isinstance(module, BlockStack):
             for block in module.layers:
-                block.compile()
+                if not block.keep_eager:
+                    block.compile(backend=backend)
 
 
 def shard(module: nn.Module, kind: ParallelKind, device: torch.device) -> None:

@@ -1,7 +1,8 @@
 """The gradients of one phase over the micro-batches of a step, in the memory of one micro-batch.
 
-One micro-batch: its loss. Several, and the loss is a mean over samples: the mean of their losses. Several, and the loss
-looks at all samples together (`JointTask`: contrastive, codebook entropy): two passes, GradCache (arXiv 2101.06983).
+One micro-batch: its loss. Several of an ordinary task: the mean of their losses, exact for means over samples (in stage
+2 codebook entropy, minibatch deviation and adaptive weight are per micro-batch). Several of a `JointTask` (contrastive,
+codebook entropy of all samples): two passes, GradCache (arXiv 2101.06983).
 """
 
 from __future__ import annotations

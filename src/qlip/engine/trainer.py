@@ -273,6 +273,7 @@ def _loop(trainer: Trainer, reporter: Reporter, *, title: str, batch_size: int, 
                     reporter.evaluate(step, model, trainer.device)
                 if painting:
                     reporter.picture(step, model)
+                model.cpu()  # until it is needed again
             if saving and (trainer.guard.in_a_row == 0 or step == config.steps):  # a roll-back needs a sound one
                 trainer.save()  # after the evaluation: a run stopped in the middle of one does it again
             if step == config.steps:

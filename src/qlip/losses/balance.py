@@ -1,4 +1,4 @@
-"""How alignment and reconstruction share the encoder: the paper's rule, its running form, and the probe of Fig 5.
+"""How alignment and reconstruction share the encoder: the paper's rule and its running form.
 
 QLIP, section on balancing: a_r / a_a = L_align / L_mse, each taken at the end of a training on that loss alone.
 """
@@ -6,15 +6,12 @@ QLIP, section on balancing: a_r / a_a = L_align / L_mse, each taken at the end o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from qlip.core.distributed import mean_over_ranks
 from qlip.core.errors import UserError
-from qlip.core.precision import float32_region
 
 RATIO_RANGE = (1.0, 1e4)
 """Of a_r / a_a, as far as Table 3a goes: below, pictures are lost, above, zero-shot accuracy is."""
@@ -72,45 +69,3 @@ class RunningBalance(nn.Module):
         losses = mean_over_ranks(torch.stack([align, pixel]).float())
         self.averages.lerp_(losses, 1 - self.momentum)
         self.num_updates += 1
-
-
-class GradientProbe:
-    """Norms of the gradients of single losses at one Linear's weight W, without an extra backward pass through W.
-
-    The input X and the output Y of the Linear are captured in the forward pass; a loss then has dL/dW = dY^T X with
-    dY = dL/dY, which is as far as its gradient is followed. Nothing is left in any `.grad`.
-    """
-
-    def __init__(self) -> None:
-        self._captured: tuple[Tensor, Tensor] | None = None
-
-    @contextmanager
-    def watching(self, linear: nn.Linear) -> Iterator[None]:
-        """Capture X (b, n, I) and Y (b, n, d) of the forward pass inside; compiled modules run uncompiled there."""
-
-        def capture(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            self._captured = (inputs[0].detach(), output)
-
-        handle = linear.register_forward_hook(capture)
-        try:
-            with torch.compiler.set_stance("force_eager"):  # a compiled block would not call the hook
-                yield
-        finally:
-            handle.remove()
-
-    def norm(self, loss: Tensor) -> Tensor:
-        """``|dL/dW|_2`` of the joined batch, for a loss whose mean over ranks is that of the joined batch. Scalar.
-
-        Float32 sums also after a forward pass in bf16. All ranks must ask together. The graph of the loss is kept.
-        """
-        assert self._captured is not None, "norms are of a forward pass under watching()"
-        x, y = self._captured
-        with float32_region(y.device.type):  # a backward pass inside autocast would round once more
-            (grad_y,) = torch.autograd.grad(loss, y, retain_graph=True)
-            dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
-            grad_weight = grad_y.flatten(0, -2).to(dtype).T @ x.flatten(0, -2).to(dtype)  # (d, I)
-            return mean_over_ranks(grad_weight).norm()
-
-    def release(self) -> None:
-        """Let go of what was captured."""
-        self._captured = None

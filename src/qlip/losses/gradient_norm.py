@@ -51,8 +51,8 @@ class LayerGradient:
         """
         self._unhook()
         outputs = [y for _, y in self._passed]
-        upstream = torch.autograd.grad(loss.sum(), outputs, retain_graph=True, allow_unused=True) if outputs else ()
         with torch.autocast(device_type=loss.device.type, enabled=False):  # sums over all tokens need float32
+            upstream = torch.autograd.grad(loss.sum(), outputs, retain_graph=True, allow_unused=True) if outputs else ()
             parts = [
                 _weight_gradient(x, dy)
                 for (x, _), dy in zip(self._passed, upstream, strict=True)

@@ -76,6 +76,7 @@ class Block(nn.Module):
         self.self_attn = attention
         self.layer_norm2 = nn.LayerNorm(hidden_size, eps=norm_eps)
         self.mlp = mlp
+        self.keep_eager = False  # a trainer that compiles blocks leaves this one out: something hooks into it
 
     def forward(self, x: Tensor, rotary: Rotary | None = None, attention: str = "sdpa") -> Tensor:
         """(b, n, d) -> (b, n, d)."""

@@ -17,6 +17,8 @@ ABLATIONS = "qlip.recipes.ablations"
 RECIPES = {  # name -> (module, one line); `qlip train --help` lists them in this order
     "scenes_tiny": (SCENES, "stage 1 on procedural scenes, two CPU cores, minutes"),
     "scenes_tiny_stage2": (SCENES, "stage 2 of the same: perceptual and adversarial, frozen encoder"),
+    "scenes_small": (SCENES, "stage 1 on scenes of 128 px, one GPU of 24 GB, minutes"),
+    "scenes_small_stage2": (SCENES, "... stage 2"),
     "qlip_b_16_256": (TOKENIZER, "the paper's B-16, 256 px, stage 1: 128 GPUs"),
     "qlip_b_16_256_stage2": (TOKENIZER, "... stage 2"),
     "qlip_b_8_256": (TOKENIZER, "the paper's B-8, 256 px, stage 1: 128 GPUs"),

@@ -118,7 +118,7 @@ def bsqvit_b_16_stage2_small() -> RunConfig:
     Expect:   no row of the paper.
     Open:     what `one_gpu` says of the rates.
     """
-    return one_gpu(bsqvit_b_16_stage2(), batch_size=128, global_batch_size=512, steps=25_000)
+    return one_gpu(bsqvit_b_16_stage2(), batch_size=32, global_batch_size=512, steps=25_000)
 
 
 def clip_b_16_small() -> RunConfig:
@@ -154,4 +154,4 @@ def recipe2_b_16_stage2_small() -> RunConfig:
     Expect:   no row of the paper; rFID well above that of `qlip_b_16_256_stage2_small`.
     Open:     what `one_gpu` says of the rates.
     """
-    return one_gpu(recipe2_b_16_stage2(), batch_size=128, global_batch_size=512, steps=25_000)
+    return one_gpu(recipe2_b_16_stage2(), batch_size=32, global_batch_size=512, steps=25_000)

@@ -19,7 +19,7 @@ from qlip.core.errors import RankError, UserError
 from qlip.core.log import console
 from qlip.core.trackers import build_tracker
 from qlip.data.batches import DataConfig, evaluation_loader, training_loader
-from qlip.data.loaders import killed_worker
+from qlip.data.loaders import TrainingLoader
 from qlip.engine.checkpoint import checkpoint_folders, load_module
 from qlip.engine.interfaces import Evaluator, Task, Tracker
 from qlip.engine.parallel import pick_device, pick_parallel
@@ -33,10 +33,19 @@ from qlip.models.qlip.modeling import QLIPModel
 from qlip.models.qlip.processing import QLIPProcessor
 from qlip.models.qlip.tokenizer import text_tokenizer
 from qlip.recipes import RECIPES, find_recipe
+from qlip.recipes.endings import said_in_one_line
 from qlip.recipes.model import ModelConfig, fresh_model, model_from, with_quantizer
 from qlip.tasks.align import AlignConfig, AlignTask
 from qlip.tasks.reconstruct import ReconstructConfig, ReconstructTask
 
+LEAST = {
+    "trainer": {
+        **dict.fromkeys(("steps", "log_every", "save_every", "keep_checkpoints"), 1),
+        **dict.fromkeys(("eval_every", "images_every", "max_skipped_steps", "ema_decay"), 0),
+    },
+    "data": {"batch_size": 1, "global_batch_size": 0, "num_workers": 0, "shuffle_buffer": 0},
+}
+DISCRIMINATOR_WEIGHTS = 28_864_129  # at 256 px; smaller ones need less
 NUM_PICTURES = 8  # in a grid of originals and reconstructions
 
 
@@ -91,22 +100,14 @@ def run_recipe(config: RunConfig, *, folder: Path, accept_changes: bool = False)
     _refuse_impossible(config)
     pick_parallel(config.trainer.parallel)
     batch_size, micro_batches = split_batch(config.data, num_ranks=distributed.launched_processes())
-    distributed.start(device_type=pick_device(config.trainer.device).type)
+    distributed.start(device_type=_device_type(config))
     torch.manual_seed(config.trainer.seed)  # equal weights and random numbers on all ranks
-    model, processor = _model_and_processor(config)
+    model, processor = distributed.on_all_ranks(partial(_model_and_processor, config))
     export_folder = folder / "export"
     if _prepare(folder, config, model, accept_changes=accept_changes):
         console.print(f"{folder} is finished ({config.trainer.steps} steps); its model is {export_folder}")
         return export_folder
-    loader = training_loader(
-        config.data,
-        image_size=model.config.vision_config.image_size,
-        tokenize=text_tokenizer(processor.tokenizer),
-        seed=config.trainer.seed,
-        ledger=folder / "skipped.jsonl",
-        rank=distributed.rank(),
-        num_ranks=distributed.world_size(),
-    )
+    loader = distributed.on_all_ranks(partial(_loader, config, model, processor, folder))
     try:
         train(
             _task(model, config),
@@ -121,16 +122,30 @@ def run_recipe(config: RunConfig, *, folder: Path, accept_changes: bool = False)
             pictures=_pictures(config, model, folder) if config.trainer.images_every else None,
             export=partial(save_model, folder=export_folder, processor=processor, step=config.trainer.steps),
         )
-    except (UserError, RuntimeError) as error:
-        problem = error if isinstance(error, UserError) else killed_worker(error)
-        if problem is None and isinstance(error, RuntimeError) and distributed.is_lost_peer(error):
-            problem = UserError("another process has gone; what it said is above or below; start again to resume")
-        if problem is None:
-            raise
-        if distributed.world_size() == 1:
-            raise problem from None
-        raise RankError(f"rank {distributed.rank()}: {problem}") from None
+    except (UserError, RuntimeError, OSError) as error:
+        raise said_in_one_line(error) from error
     return export_folder
+
+
+def _device_type(config: RunConfig) -> str:
+    try:
+        return pick_device(config.trainer.device).type
+    except UserError as error:  # processes have not met yet, so each speaks for itself
+        if distributed.launched_processes() == 1:
+            raise
+        raise RankError(f"rank {distributed.launched_rank()}: {error}") from None
+
+
+def _loader(config: RunConfig, model: QLIPModel, processor: QLIPProcessor, folder: Path) -> TrainingLoader:
+    return training_loader(
+        config.data,
+        image_size=model.config.vision_config.image_size,
+        tokenize=text_tokenizer(processor.tokenizer),
+        seed=config.trainer.seed,
+        ledger=folder / "skipped.jsonl",
+        rank=distributed.rank(),
+        num_ranks=distributed.world_size(),
+    )
 
 
 def split_batch(data: DataConfig, *, num_ranks: int) -> tuple[int, int]:
@@ -153,8 +168,11 @@ def split_batch(data: DataConfig, *, num_ranks: int) -> tuple[int, int]:
 def _prepare(folder: Path, config: RunConfig, model: QLIPModel, *, accept_changes: bool) -> bool:
     """Make or check the run folder, on rank 0 for all. Returns whether the run is finished already."""
     weights = sum(parameter.numel() for parameter in model.parameters())
-    checkpoint_bytes = 3 * 4 * weights  # weights and two Adam moments in float32
-    finished = is_finished(folder, config)
+    held = 3 * weights + (weights if config.trainer.ema_decay else 0)  # weights, two moments, average
+    if isinstance(config.task, ReconstructConfig) and config.task.gan_weight:
+        held += 3 * DISCRIMINATOR_WEIGHTS
+    checkpoint_bytes = 4 * held  # float32
+    finished = distributed.gather_objects(is_finished(folder, config))[0]  # rank 0's view: file systems may lag
     base = find_recipe(config.recipe) if config.recipe in RECIPES else config  # a config of one's own has no recipe
     prepare = partial(
         prepare_run_folder,
@@ -204,12 +222,14 @@ def _refuse_impossible(config: RunConfig) -> None:
             "no training data: add --data.train 'PATH/{00000..00009}.tar' (img2dataset shards), "
             "or make some with `qlip data scenes PATH --num 20000`"
         )
-    for name in ("steps", "log_every", "save_every", "keep_checkpoints"):
-        if getattr(config.trainer, name) < 1:
-            raise UserError(f"trainer.{name} is {getattr(config.trainer, name)}: give at least 1")
-    for name, least in (("batch_size", 1), ("global_batch_size", 0)):
-        if getattr(config.data, name) < least:
-            raise UserError(f"data.{name} is {getattr(config.data, name)}: give at least {least}")
+    for part, least in LEAST.items():
+        for name, value in least.items():
+            if getattr(getattr(config, part), name) < value:
+                raise UserError(f"{part}.{name} is {getattr(getattr(config, part), name)}: give at least {value}")
+    if config.trainer.ema_decay >= 1:
+        raise UserError(f"trainer.ema_decay is {config.trainer.ema_decay}: give a number below 1, and 0 for no average")
+    if config.task.optimizer.lr < 0:
+        raise UserError(f"task.optimizer.lr is {config.task.optimizer.lr}: give 0 or more")
     if isinstance(config.task, ReconstructConfig) and config.task.r1_every < 1:
         raise UserError(f"task.r1_every is {config.task.r1_every}: give at least 1, and --task.r1-gamma 0 for no R1")
     if config.trainer.eval_every and not config.evals.data:

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from qlip.core.errors import UserError
 from qlip.engine.interfaces import Batch, OptimizerConfig, Parts, Phase
-from qlip.losses.balance import GradientProbe, RunningBalance
+from qlip.losses.balance import RunningBalance
 from qlip.losses.contrastive import clip_loss, siglip_loss
+from qlip.losses.gradient_norm import LayerGradient
 from qlip.losses.reconstruction import commitment, pixel_mse
 from qlip.models.qlip.modeling import QLIPModel, QLIPOutput
 from qlip.nn.blocks import Block, SwiGLU
@@ -107,8 +108,9 @@ class AlignTask:
         refuse_impossible(config)
         self.model = model
         self.config = config
-        self.probe = GradientProbe()
         self._probed_step = -1
+        if config.probe_every:  # its hook is not called inside a compiled block
+            cast(Block, model.vision_model.encoder.layers[-1]).keep_eager = True
         self._modules: dict[str, nn.Module] = {"model": model}
         trained: tuple[str, ...] = ("model",)
         if config.contrastive == "siglip" and config.contrastive_weight:
@@ -143,8 +145,8 @@ class AlignTask:
 
         Features: image_embeds and text_embeds (b, e), logit_scale (1,), logit_bias (1,), average_code (1, ...).
         """
-        probing = self._probe_is_due(step)
-        with self.probe.watching(self._probed_layer()) if probing else nullcontext():
+        probe = LayerGradient(self._probed_layer()) if self._probe_is_due(step) else None
+        with probe or nullcontext():
             output = self._forward(batch)
         parts = Parts(terms={}, features={})
         if self.config.contrastive_weight:
@@ -156,8 +158,8 @@ class AlignTask:
                 parts.features["logit_bias"] = self._modules["logit_bias"]()
         if self.config.pixel_weight:
             self._add_pixel_parts(parts, output, batch["pixel_values"])
-        if probing:
-            parts.terms |= self._probed(parts)
+        if probe is not None:
+            parts.terms |= self._probed(parts, probe)
             self._probed_step = step
         return parts
 
@@ -176,8 +178,8 @@ class AlignTask:
         if vision.quantized is None:
             return
         parts.terms |= vision.quantized.stats
-        if config.commitment_weight:
-            assert vision.pre_quant is not None
+        assert vision.pre_quant is not None
+        if config.commitment_weight and vision.pre_quant.shape == vision.last_hidden_state.shape:
             committed = commitment(vision.pre_quant, vision.last_hidden_state)
             parts.terms["commitment_loss"] = config.commitment_weight * committed
         if config.quantizer_weight:
@@ -216,19 +218,18 @@ class AlignTask:
         mlp = cast(Block, self.model.vision_model.encoder.layers[-1]).mlp
         return mlp.w3 if isinstance(mlp, SwiGLU) else mlp.fc2
 
-    def _probed(self, parts: Parts) -> dict[str, Tensor]:
+    def _probed(self, parts: Parts, probe: LayerGradient) -> dict[str, Tensor]:
         """Gradient norms at W_3 of the unweighted losses of this micro-batch on all ranks, and contrast over pixels.
 
         The paper's Fig 5 has 1-2 and 2e-3..7e-3, ratio 170-500.
         """
         norms: dict[str, Tensor] = {}
         if self.config.contrastive_weight:
-            norms["probe/contrastive"] = self.probe.norm(self._contrastive(parts.features))
+            norms["probe/contrastive"] = probe.norm(self._contrastive(parts.features))
         if self.config.pixel_weight:
-            norms["probe/pixel"] = self.probe.norm(parts.terms["mse"])
+            norms["probe/pixel"] = probe.norm(parts.terms["mse"])
         if len(norms) == 2:
             norms["probe/ratio"] = norms["probe/contrastive"] / norms["probe/pixel"]
-        self.probe.release()
         return norms
 
     @torch.no_grad()

@@ -76,17 +76,26 @@ def test_command_killed_twice_ends_like_an_uninterrupted_run(tmp_path, data, fin
     assert_same_runs(run, finished)
 
 
-def forked(config: RunConfig, run: Path, *, step: int, place: str) -> int:
-    """Run in a process of its own, without the seconds that imports take, that dies there. Returns its exit code."""
+def dying_run(config: RunConfig, run: Path, step: int, place: str) -> None:
+    """A run that dies there."""
+    torch.set_num_threads(1)
+    die_at(step, place)
+    run_recipe(config, folder=run)
 
-    def target() -> None:
-        die_at(step, place)
-        run_recipe(config, folder=run)
 
-    process = multiprocessing.get_context("fork").Process(target=target)
+def died(config: RunConfig, run: Path, *, step: int, place: str) -> bool:
+    """Whether the run died in a process of its own, or came to its end before.
+
+    Its process is forked from a server that has imported everything and computed nothing: where gradients have been
+    computed in several threads, PyTorch refuses to compute any in a fork.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tiny_training", "qlip.recipes.run"])
+    process = context.Process(target=dying_run, args=(config, run, step, place))
     process.start()
     process.join()
-    return process.exitcode
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode != 0
 
 
 def state_of(run: Path) -> dict[str, torch.Tensor]:
@@ -116,7 +125,7 @@ def test_killed_ten_times_at_random_points_ends_like_an_uninterrupted_run(tmp_pa
     drawn = random.Random(seed)
     points = sorted((drawn.randrange(24), drawn.choice(PLACES)) for _ in range(10 if num_workers == 0 else 2))
     for step, place in points:
-        if forked(config, killed, step=step, place=place) != -signal.SIGKILL:
+        if not died(config, killed, step=step, place=place):
             assert step >= 22, (seed, points)  # the last checkpoint may be whole before this place is reached
     run_recipe(config, folder=killed)
     assert_same_runs(killed, straight)

@@ -27,9 +27,8 @@ def blur(x: Tensor, *, padding: int, stride: int = 1) -> Tensor:
     (b, c, h, w) -> (b, c, (h + 2 padding - 4) // stride + 1, ...).
     """
     taps = torch.tensor(BLUR_TAPS, dtype=x.dtype, device=x.device) / sum(BLUR_TAPS)
-    kernel = rearrange(torch.outer(taps, taps), "i j -> 1 1 i j")
-    alone = rearrange(x, "b c h w -> (b c) 1 h w")  # R1's double backward would take grouped channels one by one
-    return rearrange(F.conv2d(alone, kernel, padding=padding, stride=stride), "(b c) 1 h w -> b c h w", b=len(x))
+    kernel = repeat(torch.outer(taps, taps), "i j -> c 1 i j", c=x.shape[1])
+    return F.conv2d(x, kernel, padding=padding, stride=stride, groups=x.shape[1])
 
 
 def minibatch_stddev(x: Tensor, *, max_group_size: int = 4) -> Tensor:

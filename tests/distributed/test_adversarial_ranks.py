@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ranks import on_ranks
 from torch import Tensor, nn
 
 from qlip.core import distributed
@@ -15,6 +14,7 @@ from qlip.losses.discriminator import Discriminator
 from qlip.models.qlip.modeling import QLIPModel
 from qlip.recipes.model import ModelConfig, TowerSize
 from qlip.tasks.reconstruct import ReconstructConfig, ReconstructTask
+from ranks import on_ranks
 
 NUM_RANKS, JOINED = 2, 16
 LOSSES = ("nonsaturating", "hinge", "generator", "hinge generator", "r1", "lecam")

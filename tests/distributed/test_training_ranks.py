@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import on_ranks
 from torch import Tensor
 
 from qlip.core import distributed
@@ -21,6 +20,7 @@ from qlip.models.qlip.modeling import QLIPModel
 from qlip.recipes.model import ModelConfig, TowerSize
 from qlip.tasks.align import AlignConfig, AlignTask
 from qlip.tasks.reconstruct import ReconstructConfig, ReconstructTask
+from ranks import on_ranks
 
 SAMPLES = 16  # of a step over all ranks
 STEPS = 3

@@ -123,7 +123,10 @@ def run_recipe(config: RunConfig, *, folder: Path, accept_changes: bool = False)
             export=partial(save_model, folder=export_folder, processor=processor, step=config.trainer.steps),
         )
     except (UserError, RuntimeError, OSError) as error:
-        raise said_in_one_line(error) from error
+        problem = said_in_one_line(error)
+        if problem is error:
+            raise
+        raise problem from error
     return export_folder
 
 

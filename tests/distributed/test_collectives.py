@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from qlip.core import distributed
+from qlip.core.errors import UserError
 from qlip.quantizers.bsq import codebook_entropy, sample_entropy
+from ranks import on_ranks
 
 NUM_RANKS, IMAGES_PER_RANK, NUM_TOKENS, NUM_BITS = 2, 2, 3, 4
 INV_TEMPERATURE = 5.0
@@ -89,3 +92,31 @@ def test_alone_every_collective_is_the_identity():
     assert distributed.mean_over_ranks(x) is x
     assert distributed.gather_with_grad(x) is x
     assert distributed.any_rank(True, device=x.device) and not distributed.any_rank(False, device=x.device)
+
+
+def together(folder: str) -> list[str]:
+    """What this rank is told when rank 1 alone, all ranks, rank 0 for all, and nobody makes a mistake."""
+
+    def mistaken(ranks: tuple[int, ...]) -> int:
+        if distributed.rank() in ranks:
+            raise UserError("no such folder; mend it")
+        return distributed.rank()
+
+    said = []
+    for ranks in ((1,), (0, 1), ()):
+        try:
+            said.append(str(distributed.on_all_ranks(partial(mistaken, ranks))))
+        except UserError as error:
+            said.append(str(error))
+    try:
+        distributed.on_first_rank(partial(mistaken, (0,)))
+    except UserError as error:
+        said.append(str(error))
+    distributed.on_first_rank(partial(mistaken, (1,)))  # not run there
+    return said + distributed.gather_objects(f"of {distributed.rank()}")
+
+
+def test_a_mistake_of_one_rank_is_met_by_all(tmp_path):
+    problem = "no such folder; mend it"
+    for rank, said in enumerate(on_ranks(together, str(tmp_path), num_ranks=2, folder=tmp_path)):
+        assert said == [f"rank 1: {problem}", problem, str(rank), problem, "of 0", "of 1"]

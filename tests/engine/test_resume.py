@@ -11,9 +11,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_training import (
     CLI_SIZES,
     PLACES,
@@ -180,6 +183,40 @@ def test_evaluations_between_steps_are_logged_once_with_their_cards(tmp_path, da
     evaluations = [line for line in curves(tmp_path) if "eval" in line]
     assert [line["step"] for line in evaluations] == [4, 8, 9]
     assert all(line["card"] and line["psnr"] > 0 for line in evaluations)
+
+
+def test_a_run_stopped_between_its_last_evaluation_and_its_export_logs_that_evaluation_once(
+    tmp_path, data, monkeypatch
+):
+    config = tiny_run("scenes_tiny", data, steps=4)
+    config.evals.data, config.evals.names, config.evals.max_samples = data, ("reconstruction",), 8
+
+    def stopped(*_arguments: object, **_options: object) -> None:
+        raise StoppedError
+
+    with monkeypatch.context() as patch, pytest.raises(StoppedError):
+        patch.setattr("qlip.recipes.run.save_model", stopped)
+        run_recipe(config, folder=tmp_path)
+    run_recipe(config, folder=tmp_path)
+    assert [line["step"] for line in curves(tmp_path) if "eval" in line] == [4]
+    assert [line["step"] for line in curves(tmp_path) if "eval" not in line] == [1, 2, 3, 4]
+
+
+def test_pictures_of_a_fixed_batch_change_nothing_else(tmp_path, data):
+    plain, painting = (tiny_run("scenes_tiny", data, steps=5) for _ in range(2))
+    painting.trainer.images_every = 2
+    run_recipe(plain, folder=tmp_path / "plain")
+    run_recipe(painting, folder=tmp_path / "painting")
+    assert_same_runs(tmp_path / "painting", tmp_path / "plain")
+    pictures = sorted((tmp_path / "painting" / "samples").iterdir())
+    assert [path.name for path in pictures] == [f"step_{step:08d}.png" for step in (2, 4, 5)]
+    grids = [np.asarray(Image.open(path)) for path in pictures]
+    assert all(grid.shape == (3 * 16 + 4, 8 * 16 + 14, 3) for grid in grids)
+    assert all((grid[:16] == grids[0][:16]).all() for grid in grids)  # the same originals
+    assert (grids[0][18:34] != grids[2][18:34]).any()  # other reconstructions
+    reader = EventAccumulator(str(tmp_path / "painting" / "tensorboard"))
+    reader.Reload()
+    assert [image.step for image in reader.Images("reconstructions")] == [2, 4, 5]
 
 
 def test_finished_run_says_so_and_changes_nothing(finished, data, capsys):

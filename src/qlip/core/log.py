@@ -39,8 +39,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class MetricsFile:
     """metrics.jsonl of a run. Opening it for a resume at step s drops the lines of steps that will be run again."""
 
-    def __init__(self, path: Path, *, resume_step: int) -> None:
-        kept = [line for line in read_metrics(path) if line["step"] <= resume_step]
+    def __init__(self, path: Path, *, resume_step: int, evaluate_again: bool = False) -> None:
+        """`evaluate_again` also drops the evaluations of step s itself, which a kill before the export had ended."""
+        kept = [
+            line
+            for line in read_metrics(path)
+            if line["step"] < resume_step or (line["step"] == resume_step and not (evaluate_again and "eval" in line))
+        ]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         temporary.replace(path)

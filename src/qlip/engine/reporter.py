@@ -32,13 +32,16 @@ class Reporter:
         evaluators: dict[str, Evaluator],
         tracker: Tracker,
         pictures: Callable[[nn.Module, int], Tensor] | None,
+        evaluate_again: bool = False,
     ) -> None:
+        """`evaluate_again`: evaluations of `resume_step` that are there already will be made anew."""
         self.evaluators = evaluators
         self.tracker = tracker
         self.pictures = pictures
         self.watch = CollapseWatch()
         first = rank() == 0
-        self.metrics = MetricsFile(folder / "metrics.jsonl", resume_step=resume_step) if first else None
+        path = folder / "metrics.jsonl"
+        self.metrics = MetricsFile(path, resume_step=resume_step, evaluate_again=evaluate_again) if first else None
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         """One training line: to metrics.jsonl, the tracker, and the watch for signs of collapse."""

@@ -219,8 +219,15 @@ def train(
     """
     trainer = Trainer(task, loader, config, folder)
 
-    def open_reporter() -> Reporter:
-        return Reporter(folder, trainer.step, evaluators=evaluators, tracker=tracker(trainer.step), pictures=pictures)
+    def open_reporter(*, evaluate_again: bool = False) -> Reporter:
+        return Reporter(
+            folder,
+            trainer.step,
+            evaluators=evaluators,
+            tracker=tracker(trainer.step),
+            pictures=pictures,
+            evaluate_again=evaluate_again,
+        )
 
     trainer.resume()
     while True:
@@ -236,7 +243,7 @@ def train(
         finally:
             reporter.close()
     model = trainer.whole_model()
-    reporter = open_reporter()
+    reporter = open_reporter(evaluate_again=True)
     reporter.evaluate(trainer.step, model, trainer.device)
     reporter.close()
     if rank() == 0:

@@ -38,13 +38,7 @@ from qlip.losses.gradient_norm import LayerGradient
 from qlip.losses.perceptual import EncoderDistance, LpipsDistance, PerceptualDistance
 from qlip.losses.reconstruction import pixel_mse
 from qlip.models.qlip.modeling import QLIPModel
-
-TRAINED_PARTS = (
-    "vision_model.quantizer",
-    "vision_model.quant_embed",
-    "vision_model.quant_embed_post",
-    "vision_decoder",
-)
+from qlip.tasks.align import PIXEL_PARTS
 
 
 @dataclass(kw_only=True, slots=True)
@@ -110,7 +104,7 @@ class ReconstructTask:
         self.model = model
         self.config = config
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name.startswith(TRAINED_PARTS))
+            parameter.requires_grad_(name.startswith(PIXEL_PARTS))
         self.perceptual = build_perceptual(model, config)
         self._phases = [Phase(name="decoder", modules=("model",), optimizer=config.optimizer)]
         self.discriminator: Discriminator | None = None

@@ -27,7 +27,7 @@ from qlip.apps.demo import machine
 from qlip.core.log import console
 from qlip.engine.interfaces import Batch
 from qlip.models.qlip.modeling import QLIPModel
-from qlip.recipes.run import ModelConfig, TowerSize
+from qlip.recipes.model import ModelConfig, TowerSize
 from qlip.tasks.align import AlignConfig, AlignTask
 
 RESULTS = Path(os.environ.get("OUT", Path(__file__).parent / "results"))

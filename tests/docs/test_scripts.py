@@ -1,0 +1,18 @@
+"""Scripts outside the package still find what they import: benchmarks, and what draws docs and results."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted(path for pattern in ("benchmarks/*.py", "docs/**/*.py") for path in ROOT.glob(pattern))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_a_script_imports(script, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(script.parent), *sys.path])
+    assert callable(runpy.run_path(str(script))["main"])

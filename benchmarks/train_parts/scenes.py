@@ -18,7 +18,7 @@ from qlip.apps.demo import TRAIN_OBJECT_COUNTS
 from qlip.core.log import console, read_metrics
 from qlip.data.scene_shards import write_scene_shards
 from qlip.data.scenes import SceneConfig
-from qlip.evals.run import print_results, run_evals
+from qlip.evals.run import EvalRequest, print_results, run_evals
 from qlip.recipes import find_recipe
 from qlip.recipes.model import ModelConfig, TowerSize
 from qlip.recipes.run import RunConfig, run_recipe
@@ -142,8 +142,7 @@ def stage_2_changes(first: dict[str, float], second: dict[str, float]) -> dict[s
 
 def without_paths(card: dict[str, Any]) -> dict[str, Any]:
     """A card that says nothing of this machine's folders; the fingerprint names the model."""
-    settings = {name: value for name, value in card["settings"].items() if name != "shards"}
-    return {name: value for name, value in card.items() if name != "model"} | {"settings": settings}
+    return {name: value for name, value in card.items() if name not in ("model", "command")}
 
 
 def curve_of(folder: Path) -> list[dict[str, float]]:
@@ -170,9 +169,7 @@ def train_and_measure(config: RunConfig, folder: Path, *, test: str, amounts: Am
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     export = run_recipe(config, folder=folder, accept_changes=True)  # another machine has other workers
-    results = run_evals(
-        export, data=test, evals=("reconstruction", "zero_shot"), max_samples=amounts.samples, device=device
-    )
+    results = run_evals(export, EvalRequest(data=test, max_samples=amounts.samples), device=device)
     console.print(f"{config.recipe}:")
     print_results(results)
     stage = {

@@ -47,7 +47,7 @@ def train_one(out: Path, name: str, seed: int, steps: int) -> None:
 
     from qlip.core.log import read_metrics
     from qlip.engine.run_folder import git_commit, versions
-    from qlip.evals.run import run_evals
+    from qlip.evals.run import EvalRequest, run_evals
     from qlip.recipes import find_recipe
     from qlip.recipes.run import run_recipe
 
@@ -58,8 +58,7 @@ def train_one(out: Path, name: str, seed: int, steps: int) -> None:
     config.task.contrastive_weight, config.task.pixel_weight = WEIGHTS[name]
     config.trainer.seed, config.trainer.steps, config.trainer.device = seed, steps, "cpu"
     export = run_recipe(config, folder=folder)
-    evals = ("reconstruction", "zero_shot")
-    results = run_evals(export, data=str(out / "data" / "test"), evals=evals, max_samples=2000)
+    results = run_evals(export, EvalRequest(data=str(out / "data" / "test"), max_samples=2000))
     last = [line for line in read_metrics(folder / "metrics.jsonl") if "mse" in line][-10:]
     content = {
         "weights": name,

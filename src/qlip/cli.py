@@ -16,6 +16,10 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "balance": recipe_commands.balance,
     "check": recipe_commands.check,
     "eval": commands.evaluate,
+    "eval protocols": commands.eval_protocols,
+    "eval compare": commands.eval_compare,
+    "eval explain": commands.eval_explain,
+    "table": commands.table,
     "data scenes": commands.data_scenes,
     "data inspect": commands.data_inspect,
     "reconstruct": commands.reconstruct,
@@ -34,7 +38,7 @@ def _help(group: str = "") -> str:
         if not name.startswith(group):
             continue
         summary = (function.__doc__ or "").strip().splitlines()[0]
-        lines.append(f"  {name:<14}{summary}")
+        lines.append(f"  {name:<16}{summary}")
     lines += ["", "`qlip COMMAND --help` says more. Start with `qlip demo`."]
     return "\n".join(lines)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from qlip.apps.demo import Timings, results_of
+from qlip.apps.demo import EVALS, Timings, results_of
 from qlip.models.qlip.fingerprint import model_fingerprint
 from qlip.models.qlip.loading import save_model
 from qlip.models.qlip.modeling import QLIPModel
@@ -23,7 +23,10 @@ def test_results_of_other_weights_are_measured_again(tmp_path: Path) -> None:
     export, file = tmp_path / "export", tmp_path / "stage1.json"
     save_model(model, folder=export, processor=processor, step=1)
     assert results_of(file, export) is None
-    results = [{"eval": "reconstruction", "figures": {}, "card": {"model_fingerprint": model_fingerprint(model)}}]
+    card = {"model_fingerprint": model_fingerprint(model)}
+    results = [{"eval": "x", "figures": {}, "card": card | {"protocol": protocol}} for protocol in EVALS]
+    file.write_text(json.dumps(results[1:]))
+    assert results_of(file, export) is None  # an earlier version measured less
     file.write_text(json.dumps(results))
     assert results_of(file, export) == results
     with torch.no_grad():

@@ -149,13 +149,13 @@ def test_a_finished_training_is_kept(benchmark, trained, monkeypatch):
     weights = [trained / "work" / stage / "export" / "model.safetensors" for stage in ("stage1", "stage2")]
     written = [path.stat().st_mtime_ns for path in weights]
     figures = json.loads((trained / "scenes_small.json").read_text())["stages"]["stage2"]["figures"]
-    scored = {"eval": "reconstruction", "figures": figures, "card": {"model": "m", "settings": {"shards": "s"}}}
-    monkeypatch.setattr(benchmark.scenes, "run_evals", lambda export, **options: [scored])
+    scored = {"eval": "reconstruction", "figures": figures, "card": {"model": "m", "command": "c", "count": 3}}
+    monkeypatch.setattr(benchmark.scenes, "run_evals", lambda export, request, **options: [scored])
     for name in ("print_results", "draw_curves"):
         monkeypatch.setattr(benchmark.scenes, name, lambda *_: None)
     record = benchmark.scenes.run_scenes(trained, device="cpu", tiny=True, processes=1)
     assert [path.stat().st_mtime_ns for path in weights] == written
-    assert record["stages"]["stage2"]["cards"] == {"reconstruction": {"settings": {}}}
+    assert record["stages"]["stage2"]["cards"] == {"reconstruction": {"count": 3}}
     assert [line["step"] for line in record["stages"]["stage1"]["curve"] if "mse" in line] == [2, 4, 6, 8, 10, 12]
 
 

@@ -84,13 +84,19 @@ def test_classify_prints_probabilities_in_order(qlip, model_folder, tmp_path):
 def test_eval_writes_its_results(qlip, model_folder, tmp_path):
     qlip.works("data", "scenes", tmp_path / "test", "--num", "30", "--image-size", "16", "--split", "test")
     file = tmp_path / "result.json"
-    options = ["--data", tmp_path / "test", "--max-samples", "10", "--device", "cpu"]
+    options = ["--data", tmp_path / "test", "--max-samples", "10", "--device", "cpu", "--out", tmp_path / "out"]
     said = qlip.works("eval", model_folder, *options, "--json", file)
-    assert "scenes-reconstruction-v1  (10 samples of test)" in said and "psnr" in said and "chance" in said
+    assert f"scenes-reconstruction-v1  (10 samples of {tmp_path.name}/test)" in said
+    assert "psnr" in said and "chance" in said
     assert [result["card"]["count"] for result in json.loads(file.read_text())] == [10, 10]
-    assert "did you mean 'zero_shot'" in qlip.refused("eval", model_folder, *options, "--evals", "zero_shots")
-    assert "max_samples is 0" in qlip.refused("eval", model_folder, "--data", tmp_path / "test", "--max-samples", "0")
-    assert "choose another --json file" in qlip.refused("eval", model_folder, *options, "--json", file / "x.json")
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == json.loads(file.read_text())
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {"results.json", "scenes-reconstruction-v1.csv", "scenes-reconstruction-v1_worst.png"}
+    refused = qlip.refused("eval", model_folder, *options, "--evals", "scenes-zeroshots-v1")
+    assert "did you mean 'scenes-zeroshot-v1'" in refused
+    refused = qlip.refused("eval", model_folder, "--data", tmp_path / "test", "--max-samples", "-1")
+    assert "max_samples is -1" in refused
+    assert "choose another file" in qlip.refused("eval", model_folder, *options, "--json", file / "x.json")
 
 
 def test_doctor_names_versions_and_finds_no_problem(qlip):

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from qlip.core.errors import UserError
-from qlip.data.batches import DataConfig, evaluation_loader, training_loader
+from qlip.data.batches import DataConfig, training_loader
 
 WEIGHTS = {"captions.shape": 0.6, "captions.short": 0.3, "captions.dense": 0.1, "captions.never": 0.0}
 
@@ -123,19 +123,6 @@ def test_an_epoch_of_training_shows_every_sample_once(tmp_path):
     found = batches(tmp_path / "data", 26, batch_size=2)
     seen = [key for batch in found for key in batch["key"]]
     assert sorted(seen[:26]) == sorted(seen[26:]) == keys and seen[:26] != seen[26:]
-
-
-@pytest.mark.parametrize("batch_size", [1, 5, 13, 26, 100])
-def test_an_evaluation_sees_every_sample_once_in_order(tmp_path, batch_size):
-    keys = write_shards(tmp_path / "data")
-    loader = evaluation_loader(
-        str(tmp_path / "data"), image_size=8, tokenize=None, batch_size=batch_size, max_skip_share=0.0
-    )
-    for _ in range(2):
-        found = list(loader)
-        assert [key for batch in found for key in batch["key"]] == keys
-        assert [len(batch["key"]) for batch in found[:-1]] == [batch_size] * (len(found) - 1)
-        assert all(batch["caption"][0].startswith("txt") and "captions" in batch["record"][0] for batch in found)
 
 
 def test_too_few_shards_and_impossible_weights_are_refused_before_the_first_batch(tmp_path):

@@ -10,8 +10,8 @@ from PIL import Image
 from shard_files import picture
 
 from qlip.core.errors import UserError
-from qlip.core.pixels import to_uint8
-from qlip.data.transforms import random_box, random_resized_crop, resize_and_crop
+from qlip.core.pixels import from_uint8, to_uint8
+from qlip.data.transforms import prepared_pixels, random_box, random_resized_crop, resize_and_crop
 
 
 @pytest.mark.parametrize("size", [(64, 64), (101, 67), (67, 101), (20, 33), (33, 500)])
@@ -34,6 +34,41 @@ def test_filters_by_name():
     assert not torch.equal(bicubic, bilinear) and not torch.equal(bicubic, lanczos)
     with pytest.raises(UserError, match="did you mean 'bicubic'"):
         resize_and_crop(image, size=16, filter="bicubc")
+
+
+@pytest.mark.parametrize("size", [(64, 64), (63, 64), (257, 130), (31, 200), (20, 33), (131, 999), (16, 16)])
+def test_adm_equals_its_steps_in_pillow(size):
+    image = picture(*size)
+    width, height = size
+    expected = image
+    while width >= 32 and height >= 32:
+        width, height = width // 2, height // 2
+        expected = expected.resize((width, height), Image.Resampling.BOX)
+    scale = 16 / min(width, height)
+    pixels = np.asarray(expected.resize((round(width * scale), round(height * scale)), Image.Resampling.BICUBIC))
+    top, left = (pixels.shape[0] - 16) // 2, (pixels.shape[1] - 16) // 2
+    result = prepared_pixels(image, size=16, filter="adm")
+    np.testing.assert_array_equal(result.permute(1, 2, 0).numpy(), pixels[top : top + 16, left : left + 16])
+
+
+@pytest.mark.parametrize("filter", ["bicubic", "bilinear", "lanczos", "adm"])
+@pytest.mark.parametrize("size", [(40, 57), (1, 30), (9, 7)], ids=str)
+def test_prepared_pixels_are_the_square_before_it_is_normalised(filter, size):
+    image = picture(*size)
+    pixels = prepared_pixels(image, size=16, filter=filter)
+    assert (pixels.shape, pixels.dtype, pixels.is_contiguous()) == ((3, 16, 16), torch.uint8, True)
+    assert torch.equal(from_uint8(pixels), resize_and_crop(image, size=16, filter=filter))
+
+
+def test_squashed_pictures_keep_their_edges():
+    image = picture(60, 20)
+    pixels = prepared_pixels(image, size=16, filter="bilinear", crop="squash")
+    expected = np.asarray(image.resize((16, 16), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(pixels.permute(1, 2, 0).numpy(), expected)
+    with pytest.raises(UserError, match="did you mean 'centre'"):
+        prepared_pixels(image, size=16, crop="center")
+    with pytest.raises(UserError, match="'adm' is a centre crop: take"):
+        prepared_pixels(image, size=16, filter="adm", crop="squash")
 
 
 def test_random_crop_depends_on_its_random_alone():

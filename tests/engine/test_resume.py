@@ -174,7 +174,7 @@ def test_stage_2_resumes_both_optimizers_the_average_and_the_random_crops(tmp_pa
 
 def test_evaluations_between_steps_are_logged_once_with_their_cards(tmp_path, data, monkeypatch):
     config = tiny_run("scenes_tiny", data, steps=9)
-    config.evals.data, config.evals.names, config.evals.max_samples = data, ("reconstruction",), 8
+    config.evals.data, config.evals.names, config.evals.max_samples = data, ("images-recon-offline-v1",), 8
     config.trainer.eval_every = config.trainer.save_every = 4
     with monkeypatch.context() as patch, pytest.raises(StoppedError):
         stop_at(patch, 6)
@@ -189,7 +189,7 @@ def test_a_run_stopped_between_its_last_evaluation_and_its_export_logs_that_eval
     tmp_path, data, monkeypatch
 ):
     config = tiny_run("scenes_tiny", data, steps=4)
-    config.evals.data, config.evals.names, config.evals.max_samples = data, ("reconstruction",), 8
+    config.evals.data, config.evals.names, config.evals.max_samples = data, ("images-recon-offline-v1",), 8
 
     def stopped(*_arguments: object, **_options: object) -> None:
         raise StoppedError

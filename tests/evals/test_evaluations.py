@@ -18,14 +18,16 @@ from qlip.core.errors import UserError
 from qlip.data.scene_shards import write_scene_shards
 from qlip.data.scenes import COLOUR_NAMES, HELD_OUT_PAIRS, SHAPE_NAMES, SceneConfig
 from qlip.evals.card import sha256_of_names
-from qlip.evals.reconstruction import EvalData, ReconstructionEvaluator, code_use
-from qlip.evals.run import print_results, run_evals, write_results
-from qlip.evals.zero_shot import COLOUR_TEMPLATES, PAIRS, TEMPLATES, SceneZeroShotEvaluator, class_weights
+from qlip.evals.code_use import code_use
+from qlip.evals.run import EvalRequest, build_evaluator, print_results, run_evals, write_results
+from qlip.evals.scene_zero_shot import COLOUR_TEMPLATES, PAIRS, TEMPLATES
+from qlip.evals.zero_shot import class_weights
+from qlip.models.measured import MeasuredQLIP
 from qlip.models.qlip.fingerprint import encoder_fingerprint, model_fingerprint
 from qlip.models.qlip.loading import load_model, save_model
 from qlip.models.qlip.modeling import QLIPModel
 from qlip.models.qlip.processing import QLIPProcessor
-from qlip.models.qlip.tokenizer import text_tokenizer
+from qlip.quantizers.ids import bits_to_ids
 from qlip.recipes.model import ModelConfig, TowerSize
 
 NUM = 70
@@ -102,7 +104,7 @@ def embedding_by_hand(model: QLIPModel, processor: QLIPProcessor, name: str, tem
 @torch.inference_mode()
 def test_class_weights_are_the_normalised_mean_of_normalised_prompts(model, processor):
     names = ["red circle", "star", "a shape with a much longer name"]
-    weights = class_weights(model, text_tokenizer(processor.tokenizer), names, TEMPLATES)
+    weights = class_weights(MeasuredQLIP(model, processor), names, [template.format for template in TEMPLATES])
     expected = np.stack([embedding_by_hand(model, processor, name, TEMPLATES) for name in names])
     np.testing.assert_allclose(weights.numpy(), expected, atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(weights, axis=1), 1, atol=1e-6)
@@ -110,8 +112,8 @@ def test_class_weights_are_the_normalised_mean_of_normalised_prompts(model, proc
 
 @torch.inference_mode()
 def test_zero_shot_figures_equal_brute_force(model, processor, shards, samples):
-    evaluator = SceneZeroShotEvaluator(EvalData(shards=str(shards), batch_size=9), text_tokenizer(processor.tokenizer))
-    figures = evaluator.run(model, CPU)
+    evaluator = build_evaluator("scenes-zeroshot-v1", EvalRequest(data=str(shards), batch_size=9).open())
+    figures = evaluator.run(MeasuredQLIP(model, processor), CPU)
 
     single = [sample for sample in samples if len(sample["record"]["scene"]["objects"]) == 1]
     assert 0 < len(single) < NUM
@@ -180,9 +182,9 @@ def score_by_hand(model: QLIPModel, real: list[np.ndarray], fake: list[np.ndarra
 @torch.inference_mode()
 @pytest.mark.parametrize(("batch_size", "max_samples"), [(17, 40), (100, 40), (20, 2000)])
 def test_reconstruction_figures_equal_an_explicit_loop(model, processor, shards, samples, batch_size, max_samples):
-    data = EvalData(shards=str(shards), batch_size=batch_size, max_samples=max_samples)
-    evaluator = ReconstructionEvaluator(data)
-    figures = evaluator.run(model, CPU)
+    data = EvalRequest(data=str(shards), batch_size=batch_size, max_samples=max_samples).open()
+    evaluator = build_evaluator("scenes-reconstruction-v1", data)
+    figures = evaluator.run(MeasuredQLIP(model, processor), CPU)
     used = samples[:max_samples]
     real, fake, bits = [], [], []
     for sample in used:
@@ -208,7 +210,10 @@ def test_code_use_equals_numpy():
     share = tokens.mean(0)
     with np.errstate(divide="ignore", invalid="ignore"):
         entropy = np.nan_to_num(-share * np.log(share)) + np.nan_to_num(-(1 - share) * np.log(1 - share))
-    figures = code_use(bits)
+    used = code_use(bits_to_ids(bits), num_bits=28)
+    figures = used.figures
+    np.testing.assert_allclose(used.bit_share, share, atol=1e-12)
+    np.testing.assert_allclose(used.bit_entropies, entropy, atol=1e-7)
     assert figures["bit_entropy"] == pytest.approx(entropy.mean())
     assert figures["bit_entropy_max"] == pytest.approx(math.log(2))
     assert figures["balanced_bits"] == pytest.approx((entropy / math.log(2) > 0.9).mean())
@@ -223,16 +228,19 @@ def export(tmp_path_factory, model, processor) -> Path:
 
 
 def test_results_carry_their_protocol_and_survive_json(export, shards, tmp_path, capsys):
-    results = run_evals(export, data=str(shards), evals=("reconstruction", "zero_shot"), max_samples=5, device="cpu")
-    needed = {"protocol", "baseline", "data", "count", "skipped", "keys_sha256", "image_size", "resize_filter", "crop"}
-    needed |= {"model", "model_fingerprint", "encoder_fingerprint", "dtype", "device", "versions", "git_commit", "date"}
-    needed |= {"seconds", "settings"}
+    request = EvalRequest(data=str(shards), max_samples=5, folder=tmp_path / "out")
+    results = run_evals(export, request, device="cpu")
+    assert json.loads((tmp_path / "out" / "results.json").read_text())[0] == results[0]
+    assert not (tmp_path / "out" / "parts").exists()
+    needed = {"protocol", "preparation", "protocol_settings", "complete", "baseline", "data", "count", "skipped"}
+    needed |= {"keys_sha256", "pixels_sha256", "image_size", "antialias", "ranks", "batch_size", "command"}
+    needed |= {"model", "model_name", "model_fingerprint", "encoder_fingerprint", "dtype", "device", "versions"}
+    needed |= {"git_commit", "date", "seconds"}
     for result in results:
         assert result["card"].keys() >= needed
         assert result["card"]["versions"].keys() >= {"qlip", "torch", "torchvision", "transformers", "pillow"}
         assert (result["card"]["count"], result["card"]["skipped"]) == (5, 0)
         assert result["card"]["model_fingerprint"] == model_fingerprint(load_model(export))
-        assert result["card"]["settings"]["max_samples"] == 5
     assert [result["eval"] for result in results] == ["reconstruction", "zero_shot"]
     figures = results[1]["figures"]
     figures["top1_unseen_pairs"] = math.nan  # five scenes need not hold an unseen pair
@@ -248,15 +256,15 @@ def test_results_carry_their_protocol_and_survive_json(export, shards, tmp_path,
     for shown in (results, read):
         print_results(shown)
         text = capsys.readouterr().out
-        assert "scenes-zeroshot-v1  (5 samples of test)" in text and "top1_unseen_pairs" in text
+        assert f"scenes-zeroshot-v1  (5 samples of {shards.parent.name}/test)" in text and "top1_unseen_pairs" in text
         assert f"{figures['colour_top1']:.4f}" in text
     assert list(path.parent.iterdir()) == [path]
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot write .*; choose another --json file"):
+    with pytest.raises(UserError, match=r"cannot write .*; choose another file"):
         write_results(tmp_path / "file" / "result.json", results)
 
 
-def test_skipped_samples_are_on_the_card(model, shards, tmp_path):
+def test_skipped_samples_are_on_the_card(model, processor, shards, tmp_path):
     with tarfile.open(shards / "00000.tar") as tar, tarfile.open(tmp_path / "00000.tar", "w") as broken:
         for member in tar:
             data = tar.extractfile(member).read()
@@ -264,24 +272,24 @@ def test_skipped_samples_are_on_the_card(model, shards, tmp_path):
                 data = data[: len(data) // 2]
                 member.size = len(data)
             broken.addfile(member, io.BytesIO(data))
-    evaluator = ReconstructionEvaluator(EvalData(shards=str(tmp_path)))
-    evaluator.run(model, CPU)
+    evaluator = build_evaluator("scenes-reconstruction-v1", EvalRequest(data=str(tmp_path)).open())
+    evaluator.run(MeasuredQLIP(model, processor), CPU)
     assert (evaluator.card()["count"], evaluator.card()["skipped"]) == (NUM - 1, 1)
 
 
 def test_mistakes_are_one_line(export, shards, tmp_path):
     def refused(model: Path = export, **changes) -> str:
-        options = {"data": str(shards), "evals": ("reconstruction",), "max_samples": 10, "device": "cpu"}
+        options = {"data": str(shards), "evals": ("scenes-reconstruction-v1",), "max_samples": 10}
         with pytest.raises(UserError) as error:
-            run_evals(model, **(options | changes))
+            run_evals(model, EvalRequest(**(options | changes)), device="cpu")
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    assert "did you mean 'zero_shot'?" in refused(evals=("zeroshot",))
-    assert "is not a model folder" in refused(tmp_path)
+    assert "did you mean 'scenes-zeroshot-v1'?" in refused(evals=("scenes-zero-shot-v1",))
+    refused(tmp_path)
     assert "nowhere" in refused(data=str(tmp_path / "nowhere"))
-    assert "holds no .tar files" in refused(data=str(tmp_path))
-    assert "max_samples is 0: give at least 1" in refused(max_samples=0)
+    refused(data=str(tmp_path))
+    assert "max_samples is -1: give at least 0" in refused(max_samples=-1)
     assert "at least 2" in refused(max_samples=1)
     folder = tmp_path / "own"
     folder.mkdir()
@@ -292,7 +300,7 @@ def test_mistakes_are_one_line(export, shards, tmp_path):
             member = tarfile.TarInfo(name)
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
-    assert "zero-shot evaluation needs scene shards" in refused(data=str(folder), evals=("zero_shot",))
+    assert "this protocol needs scene shards" in refused(data=str(folder), evals=("scenes-zeroshot-v1",))
 
 
 def test_encoder_fingerprint_follows_every_tensor_that_makes_bits_and_no_other():

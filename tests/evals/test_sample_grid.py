@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 
 from qlip.core import pixels
-from qlip.data.batches import evaluation_loader
 from qlip.data.scene_shards import write_scene_shards
 from qlip.data.scenes import SceneConfig
+from qlip.data.sources import open_source
+from qlip.evals.collect import first_pictures
 from qlip.evals.sample_grid import reconstruction_grid, save_grid
 from qlip.models.qlip.configuration import QLIPConfig
 from qlip.models.qlip.modeling import QLIPModel, QLIPOutput
@@ -32,11 +33,10 @@ def model_of(quantizer: str) -> QLIPModel:
 
 @pytest.fixture(scope="module")
 def pixel_values(tmp_path_factory) -> torch.Tensor:
-    """(NUM, 3, SIDE, SIDE): real scenes through the real loader."""
+    """(NUM, 3, SIDE, SIDE): real scenes, read as evaluations read them."""
     folder = tmp_path_factory.mktemp("scenes") / "test"
     write_scene_shards(folder, num=NUM, split="test", config=SceneConfig(image_size=24))
-    loader = evaluation_loader(str(folder), image_size=SIDE, tokenize=None, batch_size=NUM, max_skip_share=0.0)
-    return next(iter(loader))["pixel_values"]
+    return pixels.from_uint8(first_pictures(open_source(str(folder)), num=NUM, size=SIDE)[1])
 
 
 def as_picture(normalised: torch.Tensor) -> np.ndarray:

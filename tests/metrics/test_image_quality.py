@@ -35,23 +35,61 @@ def test_psnr_known_values():
     assert psnr(black, black).item() == math.inf
 
 
+def outside_ssim(x: torch.Tensor, y: torch.Tensor) -> float:
+    """scikit-image's, of uint8 pictures (3, h, w) and with the window of the SSIM paper."""
+    return structural_similarity(
+        x.numpy(),
+        y.numpy(),
+        data_range=255,
+        channel_axis=0,
+        gaussian_weights=True,
+        sigma=1.5,
+        use_sample_covariance=False,
+    )
+
+
 def test_ssim_equals_scikit_image(pictures):
     x, y = pictures
-    expected = [
-        structural_similarity(
-            a.numpy(),
-            b.numpy(),
-            data_range=255,
-            channel_axis=0,
-            gaussian_weights=True,
-            sigma=1.5,
-            use_sample_covariance=False,
-        )
-        for a, b in zip(x.double(), y.double(), strict=True)
-    ]
+    expected = [outside_ssim(a, b) for a, b in zip(x, y, strict=True)]
     assert ssim(x, y).tolist() == pytest.approx(expected, abs=1e-9)
     assert ssim(x, x).tolist() == pytest.approx([1] * 4)
     assert ssim(x, y).tolist() == pytest.approx(ssim(y, x).tolist())
+
+
+@pytest.mark.parametrize("size", [(11, 11), (11, 30), (37, 12), (64, 64), (96, 128)], ids=lambda s: f"{s[0]}x{s[1]}")
+def test_sizes_equal_scikit_image(size):
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randint(0, 256, (1, 3, *size), generator=generator, dtype=torch.uint8)
+    y = (x + torch.randn(x.shape, generator=generator) * 25).round().clamp(0, 255).to(torch.uint8)
+    assert psnr(x, y).item() == pytest.approx(peak_signal_noise_ratio(x.numpy(), y.numpy(), data_range=255), rel=1e-9)
+    assert ssim(x, y).item() == pytest.approx(outside_ssim(x[0], y[0]), abs=1e-9)
+
+
+def constant(value: int) -> torch.Tensor:
+    return torch.full((1, 3, 16, 16), value, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 255), (7, 9), (128, 0), (254, 255)])
+def test_constant_pictures_equal_scikit_image(first, second):
+    x, y = constant(first), constant(second)
+    assert psnr(x, y).item() == pytest.approx(
+        peak_signal_noise_ratio(x.numpy(), y.numpy(), data_range=255), rel=1e-9, abs=1e-12
+    )
+    assert ssim(x, y).item() == pytest.approx(outside_ssim(x[0], y[0]), abs=1e-9)
+    c1 = (0.01 * 255) ** 2  # without variance only the luminance is left
+    assert ssim(x, y).item() == pytest.approx((2 * first * second + c1) / (first**2 + second**2 + c1), abs=1e-9)
+
+
+@pytest.mark.parametrize("value", [0, 100, 255])
+def test_identical_constant_pictures(value):
+    x = constant(value)
+    assert psnr(x, x).item() == math.inf
+    assert ssim(x, x).item() == pytest.approx(outside_ssim(x[0], x[0]), abs=1e-9) == 1
+
+
+def test_constant_against_noise_equals_scikit_image():
+    noise = torch.randint(0, 256, (1, 3, 16, 16), generator=torch.Generator().manual_seed(4), dtype=torch.uint8)
+    assert ssim(constant(128), noise).item() == pytest.approx(outside_ssim(constant(128)[0], noise[0]), abs=1e-9)
 
 
 def test_each_picture_is_scored_alone(pictures):

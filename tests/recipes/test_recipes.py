@@ -145,7 +145,9 @@ def test_a_field_switches_the_quantizer_of_both_stages(tmp_path, data, kind):
     assert not any(name.startswith(("vision_model.encoder", "text_model", "visual_projection")) for name in moved)
     assert any("_codebook" in name for name in moved) == (kind == "vq")
     figures = [
-        line for line in read_metrics(tmp_path / "stage2" / "metrics.jsonl") if line.get("eval") == "reconstruction"
+        line
+        for line in read_metrics(tmp_path / "stage2" / "metrics.jsonl")
+        if line.get("eval") == "scenes-reconstruction-v1"
     ]
     assert len(figures) == 1 and ("bits_per_pixel" in json.dumps(figures[0])) == (kind != "none")
 

@@ -22,12 +22,13 @@ from qlip.apps.report import write_report
 from qlip.core.log import console
 from qlip.data.scene_shards import write_scene_shards
 from qlip.data.scenes import SceneConfig
-from qlip.evals.run import print_results, run_evals, write_results
+from qlip.evals.run import EvalRequest, print_results, run_evals, write_results
 from qlip.models.qlip.fingerprint import model_fingerprint
 from qlip.models.qlip.loading import load_model
 from qlip.recipes import find_recipe
 from qlip.recipes.run import RunConfig, run_recipe
 
+EVALS = ("scenes-reconstruction-v1", "scenes-zeroshot-v1", "scenes-linear-v1", "scenes-knn20-v1")
 TRAIN_OBJECT_COUNTS = (0.85, 0.05, 0.05, 0.05)  # mostly single objects: their captions teach shapes soonest
 
 
@@ -92,12 +93,14 @@ def run_demo(out: Path, *, train_scenes: int, test_scenes: int, seed: int) -> No
 
 
 def results_of(result_file: Path, export: Path) -> list[dict[str, Any]] | None:
-    """Results written earlier, if they are of these very weights; None when the model must be measured (again)."""
+    """Results written earlier, if they are all there and of these very weights; None when they must be measured."""
     if not result_file.exists():
         return None
     results = json.loads(result_file.read_text())
     fingerprint = model_fingerprint(load_model(export))
-    return results if all(result["card"]["model_fingerprint"] == fingerprint for result in results) else None
+    of_these_weights = all(result["card"]["model_fingerprint"] == fingerprint for result in results)
+    complete = {result["card"].get("protocol") for result in results} == set(EVALS)
+    return results if of_these_weights and complete else None
 
 
 def _train_and_evaluate(
@@ -113,7 +116,14 @@ def _train_and_evaluate(
     results = results_of(result_file, export)
     if results is None:
         with timings.part(f"{name} evaluation"):
-            results = run_evals(export, data=str(test_data), evals=("reconstruction", "zero_shot"), max_samples=2000)
+            request = EvalRequest(
+                data=str(test_data),
+                train_data=str(train_data),
+                evals=EVALS,
+                max_samples=2000,
+                folder=out / "results" / name,
+            )
+            results = run_evals(export, request)
         write_results(result_file, results)
     console.print(f"{name}:")
     print_results(results)

@@ -12,10 +12,11 @@ from qlip.core.errors import UserError
 from qlip.core.images import ImageLimits, ImageRejected, open_image
 from qlip.core.log import console, progress
 from qlip.engine.parallel import pick_device
-from qlip.evals.zero_shot import TEMPLATES, class_weights
+from qlip.evals.scene_zero_shot import TEMPLATES
+from qlip.evals.zero_shot import class_weights
+from qlip.models.measured import MeasuredQLIP
 from qlip.models.qlip.loading import load_model, load_processor
 from qlip.models.qlip.modeling import unit_norm
-from qlip.models.qlip.tokenizer import text_tokenizer
 
 
 def open_picture(path: Path) -> Image.Image:
@@ -81,9 +82,10 @@ def classify_image(model_folder: Path, image: Path, *, labels: str, device: str)
     if longest > known:
         raise UserError(f"{model_folder}: its tokenizer has {longest} ids, its text tower {known}; add tokenizer.json")
     pixel_values = processor(images=picture, return_tensors="pt")["pixel_values"].to(place)
-    embedding = unit_norm(model.get_image_features(pixel_values).pooler_output)[0]
-    cosines = class_weights(model, text_tokenizer(processor.tokenizer), names, TEMPLATES) @ embedding
-    probabilities = (model.logit_scale.exp() * cosines).softmax(0)
+    embedding = unit_norm(model.get_image_features(pixel_values).pooler_output)[0].cpu()
+    templates = [template.format for template in TEMPLATES]
+    cosines = class_weights(MeasuredQLIP(model, processor), names, templates) @ embedding
+    probabilities = (model.logit_scale.exp().cpu() * cosines).softmax(0)
     table = Table(title=str(image), title_justify="left")
     for column in ("label", "probability", "cosine"):
         table.add_column(column, justify="left" if column == "label" else "right")

@@ -25,7 +25,12 @@ from qlip.core.errors import UserError
 
 TEMPLATE = "report.html.j2"
 BASELINE = "_baseline"
-EVALUATIONS = {"reconstruction": "Reconstruction", "zero_shot": "Zero-shot classification"}
+EVALUATIONS = {
+    "reconstruction": "Reconstruction",
+    "zero_shot": "Zero-shot classification",
+    "linear_probe": "Linear probe on frozen features",
+    "knn": "Nearest neighbours of frozen features",
+}
 ACCURACIES = {
     "top1": "colour and shape",
     "top1_seen_pairs": "\N{EN DASH} pairs seen in training",

@@ -12,12 +12,15 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from qlip.core import pixels
-from qlip.data.batches import evaluation_loader
+from qlip.data.items import Item
 from qlip.data.scenes import HELD_OUT_PAIRS
-from qlip.evals.zero_shot import PAIRS, TEMPLATES, class_weights
+from qlip.data.sources import open_source
+from qlip.evals.collect import first_pictures
+from qlip.evals.scene_zero_shot import PAIRS, TEMPLATES
+from qlip.evals.zero_shot import class_weights
+from qlip.models.measured import MeasuredQLIP
 from qlip.models.qlip.loading import load_model, load_processor
 from qlip.models.qlip.modeling import QLIPModel, unit_norm
-from qlip.models.qlip.tokenizer import text_tokenizer
 
 NUM_READ = 128  # samples looked at: enough to hold scenes with pairs that training never showed
 NUM_PICTURES = 12
@@ -76,16 +79,15 @@ def look(exports: dict[str, Path], *, shards: str) -> Looks:
     first_title, first = next(iter(models.items()))
     vision = first.config.vision_config
     looks = Looks(image_size=vision.image_size, num_tokens=vision.grid_size**2, num_bits=vision.num_bits)
-    loader = evaluation_loader(
-        shards, image_size=vision.image_size, tokenize=None, batch_size=NUM_READ, max_skip_share=1.0
-    )
-    batch = next(iter(loader))
-    seen = batch["pixel_values"][:NUM_PICTURES]
+    items, pictures = first_pictures(open_source(shards), num=NUM_READ, size=vision.image_size)
+    pixel_values = pixels.from_uint8(pictures)
+    seen = pixel_values[:NUM_PICTURES]
     columns = {"original": _pictures(seen)}
     columns |= {title: _pictures(model(seen).reconstructions) for title, model in models.items()}
-    for i, caption in enumerate(batch["caption"][:NUM_PICTURES]):
+    for i, item in enumerate(items[:NUM_PICTURES]):
+        caption = item.captions[0] if item.captions else item.key
         looks.scenes.append(Scene(caption=caption, pictures={title: row[i] for title, row in columns.items()}))
-    looks.examples = _examples(first, exports[first_title], batch)
+    looks.examples = _examples(first, exports[first_title], items, pixel_values)
     return looks
 
 
@@ -95,11 +97,11 @@ def _pictures(pixel_values: Tensor) -> list[Image.Image]:
     return [Image.fromarray(array) for array in arrays]
 
 
-def _examples(model: QLIPModel, export: Path, batch: dict) -> list[Example]:
+def _examples(model: QLIPModel, export: Path, items: list[Item], pixel_values: Tensor) -> list[Example]:
     """The first scenes with one object: two of seen and two of unseen pairs; none for data without ground truth."""
     chosen: dict[bool, list[tuple[int, str]]] = {False: [], True: []}
-    for i, record in enumerate(batch["record"]):
-        objects = record.get("scene", {}).get("objects", [])
+    for i, item in enumerate(items):
+        objects = item.record.get("scene", {}).get("objects", [])
         if len(objects) == 1:
             pair = (objects[0]["colour"], objects[0]["shape"])
             chosen[pair in HELD_OUT_PAIRS].append((i, " ".join(pair)))
@@ -107,8 +109,9 @@ def _examples(model: QLIPModel, export: Path, batch: dict) -> list[Example]:
     rows = [(i, truth, unseen) for unseen, found in chosen.items() for i, truth in found[:half]]
     if not rows:
         return []
-    pixel_values = batch["pixel_values"][[i for i, _, _ in rows]]
-    weights = class_weights(model, text_tokenizer(load_processor(export).tokenizer), PAIRS, TEMPLATES)
+    pixel_values = pixel_values[[i for i, _, _ in rows]]
+    templates = [template.format for template in TEMPLATES]
+    weights = class_weights(MeasuredQLIP(model, load_processor(export)), PAIRS, templates)
     cosines = unit_norm(model.get_image_features(pixel_values).pooler_output) @ weights.T  # (b, classes)
     best = (model.logit_scale.exp() * cosines).softmax(-1).topk(NUM_ANSWERS)
     return [

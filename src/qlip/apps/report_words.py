@@ -38,6 +38,23 @@ FIGURES = {
     "top1_unseen_pairs": Words("share", "higher", "As top1, on pairs that training never showed together."),
     "colour_top1": Words("share", "higher", "Right colour among the colour names."),
     "shape_top1": Words("share", "higher", "Right shape among the shape names."),
+    "mean_class": Words("share", "higher", "Accuracy of each class, averaged over the classes."),
+    "rfid": Words("", "lower", "Frechet distance of both sets of pictures over Inception features."),
+    "lpips_alex": Words("", "lower", "LPIPS 0.1 over AlexNet: perceptual distance learned from human judgements."),
+    "lpips_vgg": Words("", "lower", "LPIPS 0.1 over VGG-16."),
+    **{
+        f"{kind}_{position}": Words("share", "higher", f"{said} {where}.")
+        for kind, said in (
+            ("linear", "Right answers of a linear classifier on"),
+            ("linear_top5", "The right answer is among the five best of a linear classifier on"),
+            ("knn", "Right answers of the twenty nearest training pictures by"),
+        )
+        for position, where in (
+            ("cls", "the pooled CLS state"),
+            ("mean", "the mean of the patch states before the quantizer"),
+            ("cls+mean", "both side by side"),
+        )
+    },
 }
 
 TERMS = {

@@ -121,6 +121,11 @@ def _summed(x: Tensor) -> Tensor:
     return total
 
 
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """The sum of `x` over all ranks (same shape everywhere), without a gradient."""
+    return x if world_size() == 1 else _summed(x)
+
+
 def any_rank(flag: bool, *, device: torch.device) -> bool:
     """True on every rank when the flag is true on any, so that all ranks take the same decision."""
     if world_size() == 1:

@@ -80,7 +80,7 @@ class ProgressLine:
                 TextColumn("{task.fields[text]}"),
                 console=console,
             )
-            self._task = self._progress.add_task(title, total=total, completed=start, text="")
+            self._task = self._progress.add_task(title, total=total or None, completed=start, text="")
             self._progress.start()
 
     def rate(self, step: int) -> float:
@@ -88,16 +88,21 @@ class ProgressLine:
         return (step - self._start) * self.units_per_step / max(time.monotonic() - self._started, 1e-9)
 
     def update(self, step: int, text: str = "") -> None:
-        """`step` steps are done; `text` is what to say beside the rate."""
+        """`step` steps are done; `text` is what to say beside the rate. A total of 0 is not known."""
         rate = self.rate(step)
         text = f"{rate:.0f} {self.unit}/s  {text}"
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=step, text=text)
         elif time.monotonic() - self._last_line >= 10 or step == self.total:
             self._last_line = time.monotonic()
-            seconds_left = (self.total - step) * self.units_per_step / max(rate, 1e-9)
-            left = "done" if step == self.total else f"{seconds_left / 60:.1f} min left"
-            console.print(f"{self.title}  {step}/{self.total}  {left}  {text}")
+            console.print(f"{self.title}  {self._state(step, rate)}  {text}")
+
+    def _state(self, step: int, rate: float) -> str:
+        if not self.total:
+            return str(step)
+        seconds_left = (self.total - step) * self.units_per_step / max(rate, 1e-9)
+        left = "done" if step == self.total else f"{seconds_left / 60:.1f} min left"
+        return f"{step}/{self.total}  {left}"
 
     def close(self) -> None:
         """Take the bar down."""

@@ -16,11 +16,11 @@ from PIL import Image
 from torch import Tensor
 
 from qlip.core.images import ImageLimits
-from qlip.data.loaders import StatefulDataLoader, TrainingLoader, stateful_loader
+from qlip.data.loaders import TrainingLoader
 from qlip.data.mixture import MixedShards
 from qlip.data.sample_parts import ShardConfig, captions_of
 from qlip.data.shards import ShardDataset, seeded_random
-from qlip.data.tar_reader import RawSample, json_record
+from qlip.data.tar_reader import RawSample
 from qlip.data.transforms import random_resized_crop, resize_and_crop
 
 Tokenize = Callable[[list[str]], dict[str, Tensor]]
@@ -71,37 +71,33 @@ class CaptionedImages:
 
     image_size: int
     """S in pixels."""
-    tokenize: Tokenize | None
-    """The text side of the processor; None leaves texts as strings."""
+    tokenize: Tokenize
+    """The text side of the processor."""
     crop_scale: tuple[float, float] | None
-    """Random crops for training; None resizes and crops the centre."""
+    """Random crops; None resizes and crops the centre."""
     reading: ShardConfig
     """How captions are found."""
     caption_per_batch: bool = False
     """Draw the caption field once per batch instead of once per sample."""
-    with_records: bool = False
-    """Hand the json member through as `record`, for evaluators."""
 
     def decode(self, image: Image.Image, caption: str, sample: RawSample, random: Random) -> dict[str, Any]:
-        """One picture and caption -> `pixel_values` (3, S, S), `caption`, `record` (the json member or {})."""
+        """One picture and caption -> `pixel_values` (3, S, S), `caption`, and `captions` where a batch draws one."""
         if self.crop_scale is None:
             pixel_values = resize_and_crop(image, size=self.image_size)
         else:
             pixel_values = random_resized_crop(image, size=self.image_size, scale=self.crop_scale, random=random)
         captions = captions_of(sample, config=self.reading) if self.caption_per_batch else {}
-        record = json_record(sample) if self.with_records and "json" in sample.fields else {}
-        return {"pixel_values": pixel_values, "caption": caption, "captions": captions, "record": record}
+        return {"pixel_values": pixel_values, "caption": caption, "captions": captions}
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Samples -> a batch of the engine's contract, with `record` and `caption` lists for evaluators."""
+        """Samples -> a batch of the engine's contract."""
         captions = self._captions(samples)
         return {
             "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
-            **(self.tokenize(captions) if self.tokenize is not None else {}),
+            **self.tokenize(captions),
             "key": [sample["key"] for sample in samples],
             "sample_index": torch.arange(len(samples)),
             "caption": captions,
-            "record": [sample["record"] for sample in samples],
         }
 
     def _captions(self, samples: list[dict[str, Any]]) -> list[str]:
@@ -172,15 +168,3 @@ def training_loader(
         num_ranks=num_ranks,
         pin_memory=config.pin_memory,
     )
-
-
-def evaluation_loader(
-    shards: str, *, image_size: int, tokenize: Tokenize | None, batch_size: int, max_skip_share: float
-) -> StatefulDataLoader:
-    """Every sample once, in order, resized and cropped in the centre."""
-    reading = ShardConfig(shards=shards, shuffle_buffer=0, max_skip_share=max_skip_share)
-    samples = CaptionedImages(
-        image_size=image_size, tokenize=tokenize, crop_scale=None, reading=reading, with_records=True
-    )
-    dataset = ShardDataset(reading, decode=samples.decode, repeat=False, rank=0, num_ranks=1, ledger=None)
-    return stateful_loader(dataset, collate=samples.collate, batch_size=batch_size, num_workers=0, drop_last=False)

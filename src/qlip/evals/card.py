@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
+import sys
 import time
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from qlip.data.loaders import StatefulDataLoader
-from qlip.data.shards import ShardDataset
+from qlip.core import distributed
+from qlip.data.items import Source
 from qlip.engine.run_folder import git_commit, versions
-from qlip.models.qlip.fingerprint import encoder_fingerprint, model_fingerprint
-from qlip.models.qlip.modeling import QLIPModel
+from qlip.evals.collect import PIXEL_DIGEST, Collected
+from qlip.evals.protocols import Protocol
+from qlip.models.measured import MeasuredModel
 
 
 def sha256_of_names(names: Iterable[str]) -> str:
@@ -22,33 +25,47 @@ def sha256_of_names(names: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()
 
 
-def model_card_fields(model: QLIPModel, *, device: torch.device) -> dict[str, Any]:
-    """What identifies a model and where it ran."""
+def sha256_of_pixels(digests: Tensor) -> str:
+    """sha256 over the digests (n, 32) of all prepared pictures, whatever their order."""
+    rows = sorted(bytes(row.tolist()) for row in digests)
+    return hashlib.sha256(b"".join(rows)).hexdigest()
+
+
+def card_of(
+    protocol: Protocol,
+    model: MeasuredModel,
+    *,
+    source: Source,
+    collected: Collected,
+    size: int,
+    baseline: str,
+    device: torch.device,
+    batch_size: int,
+    seconds: float,
+) -> dict[str, Any]:
+    """The card that all evaluations share: protocol, data, model, machine. All ranks call it together."""
+    count = len(collected.keys)
     return {
-        "model_fingerprint": model_fingerprint(model),
-        "encoder_fingerprint": encoder_fingerprint(model),
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        **protocol.card(),
+        "complete": not protocol.count or count == protocol.count,
+        "baseline": baseline,
+        "data": source.name,
+        "count": count,
+        "skipped": collected.skipped.total(),
+        "skipped_reasons": dict(collected.skipped),
+        "keys_sha256": sha256_of_names(collected.keys),
+        "pixels_sha256": sha256_of_pixels(collected.rows(PIXEL_DIGEST)[PIXEL_DIGEST]),
+        "image_size": size,
+        "antialias": True,
+        "model_name": model.name,
+        "patch_size": model.patch_size,
+        "bits_per_token": model.bits_per_token,
+        **model.identity(),
         "device": device.type,
+        "ranks": distributed.world_size(),
+        "batch_size": batch_size,
+        **run_card_fields(seconds=seconds),
     }
-
-
-def data_card_fields(source: str, *, keys: list[str], image_size: int, skipped: int) -> dict[str, Any]:
-    """What identifies the data and how pictures were prepared."""
-    return {
-        "data": Path(source).name,
-        "count": len(keys),
-        "skipped": skipped,
-        "keys_sha256": sha256_of_names(keys),
-        "image_size": image_size,
-        "resize_filter": "bicubic (Pillow, antialiased), shortest edge",
-        "crop": "centre",
-    }
-
-
-def num_skipped(loader: StatefulDataLoader) -> int:
-    """Samples that an evaluation loader has met so far and could not use."""
-    assert isinstance(loader.dataset, ShardDataset)
-    return loader.dataset.ledger.skipped.total()
 
 
 def run_card_fields(*, seconds: float) -> dict[str, Any]:
@@ -56,6 +73,7 @@ def run_card_fields(*, seconds: float) -> dict[str, Any]:
     return {
         "versions": versions(),
         "git_commit": git_commit(),
+        "command": shlex.join(["qlip", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(seconds, 1),
     }

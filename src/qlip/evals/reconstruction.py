@@ -1,167 +1,207 @@
-"""How well pictures survive the tokens: PSNR, SSIM, encoder distance, `fd_encoder`, code use.
+"""How well pictures survive the tokens: rFID, PSNR, SSIM, LPIPS, distances in the model's own encoder, code use.
 
-Every figure has a baseline beside it, `<figure>_baseline`: what the mean picture of the data set scores. Without
-Inception weights there is no rFID here; `fd_encoder` is the Frechet distance over this model's own frozen encoder.
+`rfid` is the Frechet distance over Inception's 2,048 pooled features and over nothing else; `fd_encoder` is that over
+the model's own frozen encoder. Every picture is measured once and kept as a row (`evals/collect.py`); sums and means
+are formed from the rows of all ranks at the end.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from qlip.core import pixels
 from qlip.core.errors import UserError
-from qlip.core.log import progress
-from qlip.data.batches import evaluation_loader
-from qlip.data.loaders import StatefulDataLoader
-from qlip.evals.card import data_card_fields, model_card_fields, num_skipped, run_card_fields
-from qlip.losses.perceptual import EncoderDistance
+from qlip.core.log import console
+from qlip.evals.card import card_of, sha256_of_names
+from qlip.evals.code_use import code_use
+from qlip.evals.collect import Batch, Collected, Measure, collect, read_again
+from qlip.evals.inputs import EvalInput, known_count, picture_side, require_ability
+from qlip.evals.per_image import PerImage, write_per_image, write_worst
+from qlip.evals.picture_metrics import PictureMetrics
+from qlip.evals.protocols import Protocol, ReconstructionSettings
 from qlip.metrics.frechet import FeatureStatistics, frechet_distance
-from qlip.metrics.image_quality import psnr, ssim
-from qlip.models.qlip.modeling import QLIPModel
-from qlip.quantizers.bsq import binary_entropy
+from qlip.models.measured import MeasuredModel
 from qlip.quantizers.ids import bits_to_ids
 
-PROTOCOL = "scenes-reconstruction-v1"
-
-
-@dataclass(kw_only=True, slots=True)
-class EvalData:
-    """Which shards to score on."""
-
-    shards: str
-    """As for training: a folder, braces, or several joined by `::`."""
-    max_samples: int = 2000
-    """Score at most so many samples, the first ones in shard order."""
-    batch_size: int = 100
-    """Pictures per forward pass; no figure depends on it."""
-    max_skip_share: float = 0.05
-    """Stop when a larger share of the samples cannot be used."""
-
-    def __post_init__(self) -> None:
-        """Raises `UserError` for counts that measure nothing."""
-        for name in ("max_samples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: give at least 1")
-
-    def loader(self, model: QLIPModel) -> StatefulDataLoader:
-        """Every sample once, in order, prepared for this model; texts stay strings."""
-        return evaluation_loader(
-            self.shards,
-            image_size=model.config.vision_config.image_size,
-            tokenize=None,
-            batch_size=self.batch_size,
-            max_skip_share=self.max_skip_share,
-        )
-
-
-@dataclass(kw_only=True, slots=True)
-class _Pictures:
-    """Originals and reconstructions of a whole evaluation, as uint8 (n, 3, S, S), and what the encoder said."""
-
-    keys: list[str]
-    real: Tensor
-    fake: Tensor
-    bits: Tensor | None
-    """(n, tokens, L) bool; None for a model without quantizer."""
-    skipped: int
+LEAST_FOR_FID = 2048  # fewer pictures than features: the covariance has no full rank and the distance no meaning
+FEW_FOR_FID = 10_000  # below it the estimate is biased upwards by more than good tokenizers differ
 
 
 class ReconstructionEvaluator:
-    """Encode, decode, round to uint8, compare."""
+    """Encode, decode, make 8-bit pixels, compare."""
 
-    def __init__(self, data: EvalData) -> None:
-        self.data = data
-        self._card: dict[str, Any] = {}
+    def __init__(self, protocol: Protocol, data: EvalInput) -> None:
+        assert isinstance(protocol.settings, ReconstructionSettings)
+        self.protocol, self.settings, self.data = protocol, protocol.settings, data
+        self.wanted = tuple(name for name in self.settings.metrics if name not in data.leave_out)
         self.details: dict[str, Any] = {}
+        self.per_image: PerImage | None = None
+        self._card: dict[str, Any] = {}
 
     @torch.inference_mode()
-    def run(self, model: nn.Module, device: torch.device) -> dict[str, float]:
-        """Figures: dB, SSIM in [-1, 1], encoder distance in [0, 4], Frechet distance, nats and shares."""
-        assert isinstance(model, QLIPModel)
+    def run(self, model: MeasuredModel, device: torch.device) -> dict[str, float]:
+        """Figures: dB, SSIM in [-1, 1], LPIPS, encoder distance in [0, 4], Frechet distances, nats and shares.
+
+        Raises `UserError` before any work for missing weights, a model that cannot be measured so, or, as far as the
+        count is known, too few pictures for an FID.
+        """
         started = time.monotonic()
-        pictures = self._reconstruct(model, device)
-        mean_picture = pictures.real.float().mean(0, keepdim=True).round().to(torch.uint8).expand_as(pictures.real)
-        figures = self._compare(model, device, pictures.real, pictures.fake)
-        baseline = self._compare(model, device, pictures.real, mean_picture)
-        figures |= {f"{name}_baseline": value for name, value in baseline.items()}
-        vision = model.config.vision_config
-        self.details = {}
-        if pictures.bits is not None:
-            figures |= code_use(pictures.bits)
-            bits_per_pixel = vision.num_bits / vision.patch_size**2
-            figures |= {"bits_per_pixel": bits_per_pixel, "compression_ratio": 24 / bits_per_pixel}
-            self.details = {"bit_share": pictures.bits.float().mean((0, 1)).tolist()}
-        self._card = {
-            "protocol": PROTOCOL,
-            "baseline": "the mean picture of the same samples",
-            "rounding": "clamped to [0, 1], rounded to uint8",
-            "feature_network": "this model's vision encoder (patch states for encoder distance, pooled CLS for fd)",
-            **data_card_fields(
-                self.data.shards, keys=pictures.keys, image_size=vision.image_size, skipped=pictures.skipped
-            ),
-            **model_card_fields(model, device=device),
-            **run_card_fields(seconds=time.monotonic() - started),
-        }
+        require_ability(model, "reconstruct", self.protocol)
+        size = picture_side(model, self.protocol)
+        self._refuse_few(known_count(self.data))
+        metrics = PictureMetrics(self.wanted, networks=self.data.networks, model=model, device=device)
+        collected = collect(
+            self.data.reading(self.data.source, preparation=self.protocol.preparation, size=size),
+            self._measure(model, metrics),
+            title=self.protocol.name,
+            device=device,
+            folder=self.data.parts_folder("parts", **self._identity(model, metrics, self.data.source.identity())),
+        )
+        self._refuse_few(len(collected.keys))
+        figures = self._figures(model, collected, metrics)
+        reference = self._reference(collected, metrics, model, size, device)
+        figures |= metrics.distances(reference, collected)
+        if self.settings.mean_picture:
+            figures |= self._mean_picture_figures(metrics, collected, device)
+        self._card = card_of(
+            self.protocol,
+            model,
+            source=self.data.source,
+            collected=collected,
+            size=size,
+            baseline="the mean picture of the same samples" if self.settings.mean_picture else "",
+            device=device,
+            batch_size=self.data.batch_size,
+            seconds=time.monotonic() - started,
+        )
+        self._card |= {"left_out": sorted(set(self.settings.metrics) - set(self.wanted)), **metrics.card()}
+        if reference is not collected:
+            assert self.data.reference is not None
+            self._card |= {
+                "reference": self.data.reference.name,
+                "reference_keys_sha256": sha256_of_names(reference.keys),
+                "reference_count": len(reference.keys),
+            }
+        else:
+            self._card["reference"] = "the originals, prepared alike"
         return figures
 
     def card(self) -> dict[str, Any]:
         """The protocol of the last run."""
         return self._card
 
-    def _reconstruct(self, model: QLIPModel, device: torch.device) -> _Pictures:
-        keys: list[str] = []
-        real, fake = [], []
-        bits: list[Tensor] = []
-        loader = self.data.loader(model)
-        with progress("reconstruction", self.data.max_samples) as bar:
-            for batch in loader:
-                wanted = self.data.max_samples - len(keys)
-                pixel_values = batch["pixel_values"][:wanted].to(device)
-                output = model(pixel_values)
-                keys += batch["key"][:wanted]
-                real.append(pixels.to_uint8(pixel_values).cpu())
-                fake.append(pixels.to_uint8(output.reconstructions).cpu())
-                if output.bits is not None:
-                    bits.append(output.bits.cpu())
-                bar.update(len(keys))
-                if len(keys) >= self.data.max_samples:
-                    break
-        if len(keys) < 2:
-            raise UserError(f"{self.data.shards}: {len(keys)} sample read; reconstruction is measured on at least 2")
-        skipped = num_skipped(loader)
-        joined = torch.cat(bits) if bits else None
-        return _Pictures(keys=keys, real=torch.cat(real), fake=torch.cat(fake), bits=joined, skipped=skipped)
+    def write_looks(self, folder: Path, model: MeasuredModel, device: torch.device) -> None:
+        """`<protocol>.csv`, a row per picture of the last run, and `<protocol>_worst.png`."""
+        assert self.per_image is not None, "run first"
+        write_per_image(folder / f"{self.protocol.name}.csv", self.per_image)
+        reading = self.data.reading(
+            self.data.source, preparation=self.protocol.preparation, size=picture_side(model, self.protocol)
+        )
+        write_worst(
+            folder / f"{self.protocol.name}_worst.png",
+            self.per_image,
+            read=partial(read_again, reading),
+            reconstruct=lambda originals: self._rounded(model.reconstruct(originals.to(device)).unit_pixels),
+        )
 
-    def _compare(self, model: QLIPModel, device: torch.device, real: Tensor, fake: Tensor) -> dict[str, float]:
-        distance = EncoderDistance(model.vision_model.patch_states)
-        width = model.config.vision_config.hidden_size
-        real_features, fake_features = FeatureStatistics(width), FeatureStatistics(width)
-        totals = {"psnr": 0.0, "ssim": 0.0, "encoder_distance": 0.0}
-        for x, y in zip(real.split(self.data.batch_size), fake.split(self.data.batch_size), strict=True):
-            x, y = x.to(device), y.to(device)
-            totals["psnr"] += float(psnr(x, y).sum())
-            totals["ssim"] += float(ssim(x, y).sum())
-            x, y = pixels.from_uint8(x), pixels.from_uint8(y)
-            totals["encoder_distance"] += float(distance(x, y).double().sum())
-            real_features.update(model.vision_model(x).pooler_output.cpu())
-            fake_features.update(model.vision_model(y).pooler_output.cpu())
-        figures = {name: total / len(real) for name, total in totals.items()}
-        return figures | {"fd_encoder": frechet_distance(real_features, fake_features)}
+    def _rounded(self, unit_pixels: Tensor) -> Tensor:
+        scaled = unit_pixels.float().clamp(0, 1) * 255
+        return (scaled if self.settings.rounding == "truncate" else scaled.round()).to(torch.uint8)
 
+    def _refuse_few(self, count: int | None) -> None:
+        """Raise `UserError` when there are too few pictures for what is to be measured; None is not known yet."""
+        if count is None:
+            return
+        if count < 2:
+            raise UserError(f"{self.data.source.name}: {count} picture; reconstruction is measured on at least 2")
+        if "rfid" in self.wanted and count < LEAST_FOR_FID:
+            raise UserError(
+                f"{self.protocol.name}: rFID of {count} pictures has no meaning, its covariance has {LEAST_FOR_FID} "
+                f"dimensions; give at least {LEAST_FOR_FID} pictures, or --leave-out rfid"
+            )
 
-def code_use(bits: Tensor) -> dict[str, float]:
-    """How the code is used, from (images, n, L) bits: entropy of each bit (nats), balanced bits, distinct tokens."""
-    tokens = bits.flatten(0, 1)
-    entropy = binary_entropy(tokens.double().mean(0))
-    distinct = bits_to_ids(tokens).unique().numel()
-    return {
-        "bit_entropy": float(entropy.mean()),
-        "bit_entropy_max": float(torch.tensor(2.0).log()),
-        "balanced_bits": float((entropy / torch.tensor(2.0, dtype=torch.float64).log() > 0.9).double().mean()),
-        "distinct_token_share": distinct / len(tokens),
-    }
+    def _identity(self, model: MeasuredModel, metrics: PictureMetrics, data: str) -> dict[str, Any]:
+        """All that the rows of this evaluation depend on."""
+        return {
+            **self.protocol.card(),
+            **metrics.card(),
+            **model.identity(),
+            "wanted": self.wanted,
+            "data": data,
+            "max_samples": self.data.max_samples,
+        }
+
+    def _measure(self, model: MeasuredModel, metrics: PictureMetrics) -> Measure:
+        def measure(batch: Batch) -> dict[str, Tensor]:
+            output = model.reconstruct(batch["pictures"])
+            rows = metrics.compare(batch["pictures"], self._rounded(output.unit_pixels))
+            if output.bits is not None:
+                rows["ids"] = bits_to_ids(output.bits)
+            if self.settings.mean_picture:
+                rows["original"] = batch["pictures"]
+            return rows
+
+        return measure
+
+    def _figures(self, model: MeasuredModel, collected: Collected, metrics: PictureMetrics) -> dict[str, float]:
+        """What the rows of single pictures give, and the code."""
+        columns = collected.rows(*metrics.per_image)
+        self.per_image = PerImage(keys=collected.keys, columns=columns)
+        figures = {name: float(column.double().mean()) for name, column in columns.items()}
+        self.details = {}
+        if "psnr" in columns:
+            self.details["identical_pictures"] = int(columns["psnr"].isinf().sum())
+        if model.bits_per_token is not None:
+            bits_per_pixel = model.bits_per_token / model.patch_size**2
+            figures |= {"bits_per_pixel": bits_per_pixel, "compression_ratio": 24 / bits_per_pixel}
+        if model.num_bits:
+            used = code_use(collected.rows("ids")["ids"], num_bits=model.num_bits)
+            figures |= used.figures
+            self.details |= {"bit_share": used.bit_share, "bit_entropies": used.bit_entropies}
+        return figures
+
+    def _reference(
+        self, collected: Collected, metrics: PictureMetrics, model: MeasuredModel, size: int, device: torch.device
+    ) -> Collected:
+        """Features of what the Frechet distances are taken against: the originals, or all pictures of `reference`."""
+        if "rfid" in metrics.frechet and len(collected.keys) < FEW_FOR_FID:
+            console.print(
+                f"{self.protocol.name}: rFID of {len(collected.keys)} pictures is biased upwards; compare it only with "
+                "figures of as many"
+            )
+        if self.data.reference is None or not metrics.frechet:
+            return collected
+        source = self.data.reference
+        return collect(
+            self.data.reading(source, preparation=self.protocol.preparation, size=size, max_samples=0),
+            lambda batch: metrics.features(batch["pictures"], "original"),
+            title=f"{self.protocol.name} reference",
+            device=device,
+            folder=self.data.parts_folder("reference", **self._identity(model, metrics, source.identity())),
+        )
+
+    def _mean_picture_figures(
+        self, metrics: PictureMetrics, collected: Collected, device: torch.device
+    ) -> dict[str, float]:
+        """`<metric>_baseline`: what the mean picture scores in place of every reconstruction. On all ranks alike."""
+        originals = collected.rows("original")["original"]
+        mean = originals.float().mean(0, keepdim=True).round().to(torch.uint8).to(device)
+        rows = []
+        for pictures in originals.split(self.data.batch_size):
+            pictures = pictures.to(device)
+            rows.append({name: row.cpu() for name, row in metrics.compare(pictures, mean.expand_as(pictures)).items()})
+        joined = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        figures = {name: float(joined[name].double().mean()) for name in metrics.per_image}
+        for name in metrics.frechet:
+            sides = []
+            for side in ("original", "reconstruction"):
+                features = joined[f"{name}_{side}"]
+                sides.append(FeatureStatistics(features.shape[1]))
+                sides[-1].update(features)
+            figures[name] = frechet_distance(*sides)
+        return {f"{name}_baseline": value for name, value in figures.items()}

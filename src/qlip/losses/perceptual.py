@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from einops import rearrange
@@ -20,6 +20,9 @@ from qlip.core.errors import UserError
 from qlip.core.pixels import to_unit
 
 VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
+ALEX_URL = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
+LpipsNet = Literal["alex", "vgg"]
+TRUNKS = {"alex": ("AlexNet weights", ALEX_URL), "vgg": ("VGG-16 weights", VGG_URL)}
 
 
 class PerceptualDistance(Protocol):
@@ -34,13 +37,19 @@ class PerceptualDistance(Protocol):
 def read_weights(path: Path, *, what: str, remedy: str) -> dict[str, Tensor]:
     """A flat state dict on the CPU from a `.safetensors` or PyTorch file; pickled code is never run.
 
-    Raises `UserError` naming `what` and ending with `remedy` when there is no such file.
+    Raises `UserError` naming `what` and ending with `remedy` when there is no such file or it is none of these.
     """
     if not path.is_file():
         raise UserError(f"no {what} at {path}: {remedy}")
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # on damaged and hostile files the readers raise nearly every type
+        raise UserError(f"{path} cannot be read as {what} ({type(error).__name__}): {remedy}") from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{path} cannot be read as {what} (no flat state dict): {remedy}")
+    return state
 
 
 def take_weights(
@@ -57,41 +66,42 @@ def take_weights(
 
 
 class LpipsDistance(nn.Module):
-    """LPIPS version 0.1 on VGG-16, computed by the `lpips` package from weight files; nothing is downloaded.
+    """LPIPS version 0.1, computed by the `lpips` package from weight files; nothing is downloaded.
 
     Frozen, always in evaluation mode and float32; gradients reach both pictures.
     """
 
     name = "lpips"
 
-    def __init__(self, vgg_weights: Path, *, linear_weights: Path | None = None) -> None:
-        """`vgg_weights` is torchvision's VGG-16 (IMAGENET1K_V1, .pth or .safetensors; the classifier is not needed).
+    def __init__(self, trunk_weights: Path, *, net: LpipsNet = "vgg", linear_weights: Path | None = None) -> None:
+        """`trunk_weights` is torchvision's VGG-16 or AlexNet (IMAGENET1K_V1, .pth or .safetensors; without classifier).
 
         `linear_weights` are the layers on top; None takes those that the package bundles. Raises `UserError` when a
-        file or the package is missing or the file holds another network.
+        file or the package is missing or a file holds something else.
         """
         super().__init__()
         try:
             import lpips
         except ImportError:
             raise UserError("LPIPS needs the lpips package: pip install 'qlip[eval]'") from None
-        linear_weights = linear_weights or Path(lpips.__file__).parent / "weights" / "v0.1" / "vgg.pth"
-        trunk = read_weights(vgg_weights, what="VGG-16 weights", remedy=f"fetch {VGG_URL} and put it there")
+        what, url = TRUNKS[net]
+        linear_weights = linear_weights or Path(lpips.__file__).parent / "weights" / "v0.1" / f"{net}.pth"
+        trunk = read_weights(trunk_weights, what=what, remedy=f"fetch {url} and put it there")
         linear = read_weights(linear_weights, what="LPIPS linear weights", remedy="leave out the option")
         with torch.device("meta"), warnings.catch_warnings():  # meta: no 500 MB of random numbers; old arguments warn
             warnings.simplefilter("ignore", UserWarning)
-            net = lpips.LPIPS(net="vgg", version="0.1", pnet_rand=True, pretrained=False, verbose=False)
-        wanted = net.state_dict()
+            network = lpips.LPIPS(net=net, version="0.1", pnet_rand=True, pretrained=False, verbose=False)
+        wanted = network.state_dict()
         # net.slice3.10.weight is torchvision's features.10.weight
         trunk_names = {key: f"features.{key.split('.', 2)[2]}" for key in wanted if key.startswith("net.")}
         # the package holds each linear layer twice, under its own name and in a list; its file has lin0.model.1.weight
         linear_keys = [key for key in wanted if key.startswith("lin")]
         linear_names = {key: f"lin{next(filter(str.isdigit, key))}.model.1.weight" for key in linear_keys}
-        state = take_weights(trunk, names=trunk_names, like=wanted, what=str(vgg_weights))
+        state = take_weights(trunk, names=trunk_names, like=wanted, what=str(trunk_weights))
         state |= take_weights(linear, names=linear_names, like=wanted, what=str(linear_weights))
         state |= {key: wanted[key] for key in wanted if key.startswith("scaling_layer.")}
-        net.load_state_dict(state, assign=True)
-        self.net = net.requires_grad_(False)
+        network.load_state_dict(state, assign=True)
+        self.net = network.requires_grad_(False)
         self.train(False)
 
     def train(self, mode: bool = True) -> LpipsDistance:
@@ -99,7 +109,7 @@ class LpipsDistance(nn.Module):
         return super().train(False)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """CLIP-normalised pictures (b, 3, h, w) twice, h and w at least 16 -> (b,) distances."""
+        """CLIP-normalised pictures (b, 3, h, w) twice, h and w at least 16 (VGG) or 31 (AlexNet) -> (b,) distances."""
         with torch.autocast(device_type=x.device.type, enabled=False):  # small differences of unit vectors: float32
             return rearrange(self.net(2 * to_unit(x) - 1, 2 * to_unit(y) - 1), "b 1 1 1 -> b")
 

@@ -11,6 +11,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from qlip.core.distributed import sum_over_ranks
+
 
 class Moments(Protocol):
     """Anything with a mean (d,) and a covariance (d, d)."""
@@ -58,6 +60,14 @@ class FeatureStatistics:
         self.count += other.count
         self.total += other.total.to(self.total)
         self.outer += other.outer.to(self.outer)
+
+    def over_ranks(self) -> FeatureStatistics:
+        """The sums of all ranks together, on every rank; all ranks call it together."""
+        joined = FeatureStatistics(len(self.total), device=self.total.device)
+        joined.count = int(sum_over_ranks(torch.tensor(self.count, device=self.total.device)))
+        joined.total += sum_over_ranks(self.total)  # added, so that a single process shares no memory with the result
+        joined.outer += sum_over_ranks(self.outer)
+        return joined
 
     @property
     def mean(self) -> Tensor:

@@ -13,20 +13,22 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from qlip.core import distributed
+from qlip.core import distributed, pixels
 from qlip.core.config import differences, from_json, to_json
 from qlip.core.errors import RankError, UserError
 from qlip.core.log import console
 from qlip.core.trackers import build_tracker
-from qlip.data.batches import DataConfig, evaluation_loader, training_loader
+from qlip.data.batches import DataConfig, training_loader
 from qlip.data.loaders import TrainingLoader
+from qlip.data.sources import open_source
 from qlip.engine.checkpoint import checkpoint_folders, load_module
 from qlip.engine.interfaces import Evaluator, Task, Tracker
 from qlip.engine.parallel import pick_device, pick_parallel
 from qlip.engine.run_folder import prepare_run_folder
 from qlip.engine.trainer import TrainerConfig, train
-from qlip.evals.reconstruction import EvalData
-from qlip.evals.run import EVALUATIONS, build_evaluator
+from qlip.evals import protocols
+from qlip.evals.collect import first_pictures
+from qlip.evals.run import EvalRequest, TrainingEvaluator
 from qlip.evals.sample_grid import reconstruction_grid, save_grid
 from qlip.models.qlip.loading import EXPORT_MARKER, save_model
 from qlip.models.qlip.modeling import QLIPModel
@@ -55,10 +57,12 @@ class EvalsConfig:
 
     data: str = ""
     """Held-out shards; empty measures nothing (`qlip eval` measures any export later)."""
-    names: tuple[str, ...] = EVALUATIONS
-    """Evaluations to run."""
+    names: tuple[str, ...] = protocols.SCENES
+    """Protocols by name (`qlip eval protocols`)."""
+    train_data: str = ""
+    """What linear probe and k-NN learn from, where a protocol is one."""
     max_samples: int = 2000
-    """Score at most so many samples."""
+    """Score the first so many pictures; 0 scores all."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -202,14 +206,9 @@ def _tracker(config: RunConfig, folder: Path, resume_step: int) -> Tracker:
 
 def _pictures(config: RunConfig, model: QLIPModel, folder: Path) -> Callable[[nn.Module, int], Tensor]:
     """What draws samples/step_XXXXXXXX.png: the first pictures of the held-out data, or of the training data."""
-    loader = evaluation_loader(
-        config.evals.data or config.data.train,
-        image_size=model.config.vision_config.image_size,
-        tokenize=None,
-        batch_size=NUM_PICTURES,
-        max_skip_share=1.0,
-    )
-    pixel_values = next(iter(loader))["pixel_values"]
+    source = open_source(config.evals.data or config.data.train)
+    _, found = first_pictures(source, num=NUM_PICTURES, size=model.config.vision_config.image_size)
+    pixel_values = pixels.from_uint8(found)
 
     def paint(model: nn.Module, step: int) -> Tensor:
         grid = reconstruction_grid(model, pixel_values)
@@ -248,8 +247,11 @@ def is_finished(folder: Path, config: RunConfig) -> bool:
 def _evaluators(config: RunConfig, processor: QLIPProcessor) -> dict[str, Evaluator]:
     if not config.evals.data:
         return {}
-    source = EvalData(shards=config.evals.data, max_samples=config.evals.max_samples)
-    return {name: build_evaluator(name, source, processor) for name in config.evals.names}
+    request = EvalRequest(
+        data=config.evals.data, train_data=config.evals.train_data, max_samples=config.evals.max_samples
+    )
+    data = request.open()
+    return {name: TrainingEvaluator(name, data, processor) for name in config.evals.names}
 
 
 def _model_and_processor(config: RunConfig) -> tuple[QLIPModel, QLIPProcessor]:

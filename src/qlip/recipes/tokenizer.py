@@ -50,7 +50,7 @@ def qlip_b_16_256() -> RunConfig:
         task=AlignConfig(contrastive_chunk=CONTRASTIVE_CHUNK),
         data=DataConfig(batch_size=512, global_batch_size=65_536, num_workers=NUM_WORKERS, crop_scale=(0.9, 1.0)),
         trainer=paper_trainer(),
-        evals=EvalsConfig(names=("reconstruction",)),
+        evals=EvalsConfig(names=("images-recon-offline-v1",)),
     )
 
 
@@ -71,7 +71,7 @@ def qlip_b_16_256_stage2() -> RunConfig:
         task=ReconstructConfig(perceptual="lpips"),
         data=DataConfig(batch_size=32, global_batch_size=16_384, num_workers=NUM_WORKERS, crop_scale=(0.9, 1.0)),
         trainer=paper_trainer(),
-        evals=EvalsConfig(names=("reconstruction",)),
+        evals=EvalsConfig(names=("images-recon-offline-v1",)),
     )
 
 

@@ -1,0 +1,123 @@
+"""What every evaluation is given besides the model and the protocol, and the checks that come before any work."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from qlip.core.errors import UserError
+from qlip.core.images import ImageLimits
+from qlip.data.items import Item, Source
+from qlip.data.transforms import prepared_pixels
+from qlip.evals.collect import Reading
+from qlip.evals.networks import Networks
+from qlip.evals.protocols import Preparation, Protocol
+from qlip.models.measured import Ability, MeasuredModel
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalInput:
+    """Data and how to go through them; no figure depends on anything but `source`, `train_source`, `max_samples`."""
+
+    source: Source
+    """What is scored."""
+    train_source: Source | None = None
+    """What probes learn from."""
+    reference: Source | None = None
+    """Pictures to take the Frechet distance against; None takes the originals themselves."""
+    max_samples: int = 0
+    """Score the first so many items; 0 scores all."""
+    batch_size: int = 100
+    """Pictures per forward pass."""
+    max_skip_share: float = 0.05
+    """Stop when a larger share of the pictures cannot be used."""
+    leave_out: tuple[str, ...] = ()
+    """Metrics of the protocol that are not to be measured, said on the card."""
+    networks: Networks = field(default_factory=lambda: Networks(None))
+    """Where the weights of Inception and LPIPS are."""
+    folder: Path | None = None
+    """Work folder: finished parts to resume from, and cached features; None keeps all in memory."""
+    limits: ImageLimits = field(default_factory=ImageLimits)
+    """Pictures beyond these are skipped."""
+
+    def reading(
+        self,
+        source: Source,
+        *,
+        preparation: Preparation,
+        size: int,
+        wanted: Callable[[Item], bool] | None = None,
+        prepare: Callable[[Image.Image, Item], Tensor] | None = None,
+        max_samples: int | None = None,
+    ) -> Reading:
+        """How to go through a source: all items, prepared as the protocol says, unless told otherwise."""
+        return Reading(
+            source=source,
+            prepare=prepare or partial(_prepare, preparation, size),
+            wanted=wanted or _any_item,
+            max_samples=self.max_samples if max_samples is None else max_samples,
+            batch_size=self.batch_size,
+            max_skip_share=self.max_skip_share,
+            limits=self.limits,
+        )
+
+    def parts_folder(self, kind: str, **identity: Any) -> Path | None:
+        """Where parts of just this work are kept: a folder named by the sha256 of all that its rows depend on."""
+        if self.folder is None:
+            return None
+        text = json.dumps(identity, sort_keys=True, default=str)
+        return self.folder / kind / hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def known_count(data: EvalInput) -> int | None:
+    """How many pictures there are at most, None where only reading tells."""
+    known = [count for count in (data.max_samples or None, data.source.num_items) if count is not None]
+    return min(known, default=None)
+
+
+def _any_item(item: Item) -> bool:
+    return True
+
+
+def _prepare(preparation: Preparation, size: int, image: Image.Image, item: Item) -> Tensor:
+    return prepared_pixels(image, size=size, filter=preparation.filter, crop=preparation.crop)
+
+
+def picture_side(model: MeasuredModel, protocol: Protocol) -> int:
+    """S for this model under this protocol. Raises `UserError` when the model takes another size."""
+    wanted = protocol.preparation.size
+    if not wanted and not model.image_size:
+        raise UserError(f"{model.name} takes any size: use a protocol that names one, not {protocol.name}")
+    if wanted and model.image_size not in (0, wanted):
+        raise UserError(
+            f"{protocol.name} is for pictures of {wanted} pixels, the model takes {model.image_size}: use a protocol "
+            "of that size or one of the images-... protocols, which take the model's"
+        )
+    return wanted or model.image_size
+
+
+def require_ability(model: MeasuredModel, ability: Ability, protocol: Protocol) -> None:
+    """Raise `UserError` when the model cannot do what the protocol measures."""
+    if ability not in model.abilities:
+        what = {"reconstruct": "has no decoder", "match_text": "scores no texts", "features": "gives no features"}
+        raise UserError(f"a {model.name} {what[ability]}: leave {protocol.name} out of --evals")
+
+
+def objects_of_scene(item: Item) -> list[dict[str, Any]]:
+    """The objects of a rendered scene. Raises `UserError` for data without ground truth."""
+    if "scene" not in item.record:
+        raise UserError("this protocol needs scene shards (json with `scene`); make some: `qlip data scenes`")
+    return item.record["scene"]["objects"]
+
+
+def holds_one_object(item: Item) -> bool:
+    """Whether the scene shows exactly one object."""
+    return len(objects_of_scene(item)) == 1

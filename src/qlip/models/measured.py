@@ -1,0 +1,121 @@
+"""What evaluations ask of a model, ours or another's: 8-bit pictures in, and nothing about how it scales them.
+
+Shapes: `b` pictures, `S` their side, `t` texts, `e` width of embeddings, `d` of features, `n` tokens, `L` bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from qlip.core import pixels
+from qlip.models.qlip.fingerprint import encoder_fingerprint, model_fingerprint
+from qlip.models.qlip.modeling import QLIPModel, unit_norm
+from qlip.models.qlip.processing import QLIPProcessor
+from qlip.models.qlip.tokenizer import text_tokenizer
+
+Ability = Literal["reconstruct", "match_text", "features"]
+
+
+@dataclass(kw_only=True, slots=True)
+class Reconstructed:
+    """Pictures that went through a model's code."""
+
+    unit_pixels: Tensor
+    """(b, 3, S, S) float, 1 is white; neither clamped nor rounded: how, is the protocol's."""
+    bits: Tensor | None
+    """(b, n, L) bool, the code; None for a continuous one."""
+
+
+@runtime_checkable
+class MeasuredModel(Protocol):
+    """A model that evaluations can score. All calls take place in inference mode, on the model's device."""
+
+    name: str
+    """What it is, for cards: `QLIPModel`, `CLIPModel`, `AutoencoderKL`, ..."""
+    image_size: int
+    """S that it takes; 0 takes any multiple of `patch_size`."""
+    patch_size: int
+    """Pixels of a token's side."""
+    abilities: frozenset[Ability]
+    """Which of the three calls below it has; evaluations refuse before they start."""
+    bits_per_token: float | None
+    """Size of a discrete token's code in bits, or of a continuous latent's numbers (as `latent_bits` of the card says);
+    None for a model without a code."""
+
+    num_bits: int
+    """L of `Reconstructed.bits`; 0 without a discrete code."""
+
+    def identity(self) -> dict[str, Any]:
+        """For cards: `model_fingerprint` (sha256 over all weights), `dtype`, and what else tells models apart."""
+
+    def to(self, device: torch.device) -> None:
+        """Move it there."""
+
+    def reconstruct(self, pictures: Tensor) -> Reconstructed:
+        """(b, 3, S, S) uint8 on the model's device -> the same through its code."""
+
+    def image_embeds(self, pictures: Tensor) -> Tensor:
+        """(b, 3, S, S) uint8 -> (b, e) float32 of norm 1."""
+
+    def text_embeds(self, texts: list[str]) -> Tensor:
+        """t texts -> (t, e) float32 of norm 1."""
+
+    def features(self, pictures: Tensor) -> dict[str, Tensor]:
+        """(b, 3, S, S) uint8 -> `cls` and `mean`, (b, d) float32 each: for probes."""
+
+
+class MeasuredQLIP:
+    """QLIP, BSQ-ViT and CLIP trained by us, and the released checkpoints.
+
+    `features` are Table 10's: the CLS state after its LayerNorm, and the mean of the patch states before the quantizer.
+    """
+
+    name = "QLIPModel"
+
+    def __init__(self, model: QLIPModel, processor: QLIPProcessor) -> None:
+        """`processor` gives the text side."""
+        self.model = model
+        self.tokenize = text_tokenizer(processor.tokenizer)
+        vision = model.config.vision_config
+        self.image_size, self.patch_size = vision.image_size, vision.patch_size
+        self.abilities: frozenset[Ability] = frozenset(("reconstruct", "match_text", "features"))
+        self.num_bits = 0 if vision.quantizer == "none" else vision.num_bits
+        self.bits_per_token = float(self.num_bits) if self.num_bits else None
+
+    def identity(self) -> dict[str, Any]:
+        """Fingerprints of the whole model and of what makes bits."""
+        return {
+            "model_fingerprint": model_fingerprint(self.model),
+            "encoder_fingerprint": encoder_fingerprint(self.model),
+            "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
+        }
+
+    def to(self, device: torch.device) -> None:
+        """Move it there."""
+        self.model.to(device)
+
+    def reconstruct(self, pictures: Tensor) -> Reconstructed:
+        """Encode, quantize, decode."""
+        output = self.model(self._pixel_values(pictures))
+        return Reconstructed(unit_pixels=pixels.to_unit(output.reconstructions), bits=output.bits)
+
+    def image_embeds(self, pictures: Tensor) -> Tensor:
+        """The projected CLS state."""
+        return unit_norm(self.model.get_image_features(self._pixel_values(pictures)).pooler_output)
+
+    def text_embeds(self, texts: list[str]) -> Tensor:
+        """The projected end-of-text state."""
+        ids = {name: tensor.to(self.model.device) for name, tensor in self.tokenize(texts).items()}
+        return unit_norm(self.model.get_text_features(ids["input_ids"], ids["attention_mask"]).pooler_output)
+
+    def features(self, pictures: Tensor) -> dict[str, Tensor]:
+        """`cls` and `mean`."""
+        output = self.model.vision_model(self._pixel_values(pictures))
+        return {"cls": output.pooler_output.float(), "mean": output.pre_quant.float().mean(1)}
+
+    def _pixel_values(self, pictures: Tensor) -> Tensor:
+        return pixels.from_uint8(pictures).to(self.model.visual_projection.weight.dtype)

@@ -162,6 +162,7 @@ def table(
     shape: Literal["2", "3", "10"] = "2",
     format: Literal["markdown", "latex", "csv"] = "markdown",
     paper: bool = True,
+    protocols: tuple[str, ...] = (),
     out: Path | None = None,
     plot: Path | None = None,
 ) -> None:
@@ -174,12 +175,13 @@ def table(
         shape: 2, tokenizers; 3, ablations as columns; 10, linear probes by position.
         format: markdown, latex or csv.
         paper: Also show the paper's rows; --no-paper leaves them out.
+        protocols: Take the results of these protocols alone, where a file holds several for one column.
         out: Write the table to this file instead of printing it.
         plot: Also draw zero-shot accuracy against rFID to this .svg or .png.
     """
     from qlip.apps.table import build_table
 
-    build_table(list(results), shape=shape, format=format, paper=paper, out=out, plot=plot)
+    build_table(list(results), shape=shape, format=format, paper=paper, protocols=protocols, out=out, plot=plot)
 
 
 def data_scenes(

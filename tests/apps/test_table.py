@@ -20,11 +20,8 @@ from qlip.apps.table_rows import ABLATIONS, MARKS, PROBES, TOKENIZERS
 from qlip.core.errors import UserError
 from qlip.evals.protocols import find_protocol
 
-BILINEAR, ZERO_SHOT, LINEAR = (
-    "imagenet-recon-256-bilinear-v1",
-    "imagenet-zeroshot-openai80-v1",
-    "imagenet-linear-table11-v1",
-)
+BILINEAR, ZERO_SHOT = "imagenet-recon-256-bilinear-v1", "imagenet-zeroshot-openai80-v1"
+LINEAR = "imagenet-linear-table11-v1"
 RECON = {"psnr": 23.456, "ssim": 0.62864, "rfid": 3.214, "compression_ratio": 24 / 28 * 256}
 HOSTILE = "=a|b_c*`<i>$%&#{}~^\\[x]"
 
@@ -269,12 +266,12 @@ def test_figure_1_needs_both_figures_of_imagenet(write, tmp_path):
         build_table([both], plot=tmp_path / "a.pdf")
     (tmp_path / "file").touch()
     for given in ({"plot": tmp_path / "file" / "a.svg"}, {"out": tmp_path / "file" / "a.md"}):
-        with pytest.raises(UserError, match="cannot write .*choose another file"):
+        with pytest.raises(UserError, match=r"cannot write .*choose another file"):
             build_table([both], **given)
 
 
 def test_no_results_and_no_files_are_one_line(write, tmp_path):
-    with pytest.raises(UserError, match="give at least one results.json"):
+    with pytest.raises(UserError, match=r"give at least one results\.json"):
         table_rows([])
     with pytest.raises(UserError, match="cannot read"):
         table_rows([tmp_path / "none.json"])
@@ -290,7 +287,7 @@ def test_spread_keeps_order_and_gap_and_moves_least():
         cost = sum((p - v) ** 2 for p, v in zip(places, values, strict=True))
         order = sorted(range(4), key=lambda i: values[i])
         ranked = [places[i] for i in order]
-        assert all(b - a >= 0.1 - 1e-9 for a, b in itertools.pairwise(ranked)) and -1e-9 <= ranked[0]
+        assert all(b - a >= 0.1 - 1e-9 for a, b in itertools.pairwise(ranked)) and ranked[0] >= -1e-9
         assert ranked[-1] <= 1 + 1e-9
         known = [values[i] for i in order]
         best = min(

@@ -21,6 +21,8 @@ from qlip.apps.report_folder import Stage, read_json, read_stages, run_facts
 from qlip.apps.report_pictures import data_uri, look, write_grid
 from qlip.apps.report_plots import accuracy_bars, bit_bars, confusion, curve
 from qlip.apps.report_words import Words, figure_words, format_duration, format_figure, term_words
+from qlip.apps.table import Shape, table_rows
+from qlip.apps.table_formats import PlainTable
 from qlip.core.errors import UserError
 
 TEMPLATE = "report.html.j2"
@@ -91,6 +93,7 @@ def write_report(folder: Path) -> Path:
         curves={stage.title: curves(stage) for stage in stages},
         tables={title: figure_rows(stages, name) for name, title in EVALUATIONS.items()},
         baselines={title: baseline_name(stages, name) for name, title in EVALUATIONS.items()},
+        paper_tables=paper_tables(folder, stages),
         zero_shot=zero_shot_plots(stages),
         bits=bit_plots(stages),
         runs=[run_facts(stage) for stage in stages],
@@ -182,6 +185,17 @@ def baseline_name(stages: list[Stage], evaluation: str) -> str:
     """What the baseline of an evaluation is, from its card."""
     cards = [stage.results[evaluation]["card"] for stage in stages if evaluation in stage.results]
     return cards[0].get("baseline", "baseline") if cards else ""
+
+
+def paper_tables(folder: Path, stages: list[Stage]) -> list[PlainTable]:
+    """Tables 2 and 10 with these models below the paper's rows, as far as their figures were measured."""
+    files = [folder / "results" / f"{stage.name}.json" for stage in stages if stage.results]
+    shapes: list[Shape] = []
+    if any("reconstruction" in stage.results for stage in stages):
+        shapes.append("2")
+    if any("linear_probe" in stage.results for stage in stages):
+        shapes.append("10")
+    return [table_rows(files, shape=shape) for shape in shapes]
 
 
 def zero_shot_plots(stages: list[Stage]) -> list[dict[str, Any]]:

@@ -18,6 +18,8 @@ STAGES = {"stage1": "stage 1", "stage2": "stage 2"}
 class Stage:
     """What a demo folder holds of one stage."""
 
+    name: str
+    """`stage1` or `stage2`: its folder and its file of results."""
     title: str
     """`stage 1` or `stage 2`."""
     config: dict[str, Any]
@@ -44,6 +46,7 @@ def read_stages(folder: Path) -> list[Stage]:
         export = run / "export"
         stages.append(
             Stage(
+                name=name,
                 title=title,
                 config=read_json(run / "config.json", default={}),
                 lines=[line for line in read_metrics(run / "metrics.jsonl") if "eval" not in line],

@@ -163,11 +163,13 @@ def _notes(models: list[Model], names: Collection[str], marks: Marks, of_paper: 
     notes = []
     if len(marks.meanings) > 1:
         notes.append(
-            "Figures of one column with different numbers were measured differently: `qlip eval compare` says whether "
+            "Figures of one column with different numbers were measured differently; qlip eval compare says whether "
             "they compare."
         )
     if any("n = " in _source(model, names).text for model in models):
-        notes.append("Where n stands, not all of a protocol's own data were scored: no comparison with other rows.")
+        notes.append(
+            "Where n stands, it was not the whole of a data set that the protocol names: no comparison with others."
+        )
     if "fd_encoder" in names:
         notes.append("FD (encoder) is a Frechet distance in the model's own encoder: no rFID, and two models' differ.")
     return (*notes, *of_paper)

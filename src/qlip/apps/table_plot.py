@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.text import Annotation
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
 from qlip.apps.table_models import Model
@@ -24,10 +25,11 @@ from qlip.core.errors import UserError
 INK, GREY, PALE, ACCENT = "#222222", "#6b7280", "#d1d5db", "#c2410c"
 MARKERS = {QLIP: "o", ALIGNED: "s"}
 ENCODER_GAP, TOKENIZER_GAP = 0.044, 0.036  # of the side of the plane, between two labels
+NEAR = 8  # points between a marker's middle and its name
 OFFSETS = tuple(
     (distance * x, distance * y)
-    for distance in (8, 14, 22, 32)
-    for x, y in ((1, 0), (-1, 0), (0, 1), (0, -1), (0.8, 0.8), (-0.8, 0.8), (0.8, -0.8), (-0.8, -0.8))
+    for distance in (NEAR, 14, 22, 32)
+    for x, y in ((1, 0), (-1, 0), (0, 1), (0, -1), (0.7, 0.7), (-0.7, 0.7), (0.7, -0.7), (-0.7, -0.7))
 )
 SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
@@ -113,6 +115,7 @@ def _scale(plane: Axes, points: Sequence[Point], rows: Sequence[PaperRow]) -> No
     plane.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     plane.xaxis.set_minor_formatter(NullFormatter())
     plane.tick_params(which="minor", bottom=False)
+    plane.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
     plane.set_xlabel("rFID (logarithmic, lower is better \N{RIGHTWARDS ARROW})")
     plane.set_title("ImageNet zero-shot top-1, %", fontsize=9, color=INK, loc="left")
     plane.grid(visible=True)
@@ -152,41 +155,42 @@ def _draw_points(plane: Axes, points: Sequence[Point], rows: Sequence[PaperRow])
 
 def _label(plane: Axes, labelled: Sequence[tuple[float, float, str, str]]) -> None:
     """Write each name at the nearest place around its point where it covers no point and no other name."""
-    canvas = plane.figure.canvas
-    renderer = canvas.get_renderer() if hasattr(canvas, "get_renderer") else None
-    scale = plane.figure.dpi / 72
+    side = 12 * plane.figure.dpi / 72  # of a marker, in pixels
     taken = []
     for x, y, _, _ in labelled:
-        px, py = plane.transData.transform((x, y))
-        taken.append(Bbox.from_bounds(px - 6 * scale, py - 6 * scale, 12 * scale, 12 * scale))
-    frame = plane.get_window_extent(renderer)
+        left, bottom = plane.transData.transform((x, y)) - side / 2
+        taken.append(Bbox.from_bounds(left, bottom, side, side))
+    frame = plane.get_window_extent()
     for x, y, name, colour in labelled:
         text = plane.annotate(
             *(name, (x, y), (0, 0)), textcoords="offset points", color=colour, annotation_clip=False, parse_math=False
         )
-        places: list[tuple[int, int, Bbox]] = []
-        for dx, dy in OFFSETS:
-            text.set(
-                position=(dx, dy),
-                horizontalalignment="left" if dx > 0 else "right" if dx < 0 else "center",
-                verticalalignment="bottom" if dy > 0 else "top" if dy < 0 else "center",
-            )
-            box = text.get_window_extent(renderer)
-            outside = not (frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1)
-            places.append((sum(box.overlaps(other) for other in taken) + outside, len(places), box))
-        best = min(places, key=lambda place: place[:2])
-        dx, dy = OFFSETS[best[1]]
-        text.set(
-            position=(dx, dy),
-            horizontalalignment="left" if dx > 0 else "right" if dx < 0 else "center",
-            verticalalignment="bottom" if dy > 0 else "top" if dy < 0 else "center",
-        )
-        taken.append(best[2])
+        faults = []
+        for offset in OFFSETS:
+            box = _put(text, offset)
+            outside = box.x0 < frame.x0 or box.x1 > frame.x1 or box.y0 < frame.y0 or box.y1 > frame.y1
+            faults.append(sum(box.overlaps(other) for other in taken) + outside)
+        chosen = OFFSETS[faults.index(min(faults))]
+        taken.append(_put(text, chosen))
+        if math.hypot(*chosen) > NEAR:  # a line leads back to its point
+            line = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
+            plane.annotate("", (x, y), chosen, textcoords="offset points", arrowprops=line)
+
+
+def _put(text: Annotation, offset: tuple[float, float]) -> Bbox:
+    """Move a name to an offset in points, on the side of it that looks away from its point; where it then is."""
+    x, y = offset
+    text.set(
+        position=offset,
+        horizontalalignment="left" if x > 0 else "right" if x < 0 else "center",
+        verticalalignment="bottom" if y > 0 else "top" if y < 0 else "center",
+    )
+    return text.get_window_extent()
 
 
 def _draw_encoders(figure: Figure, plane: Axes, rows: Sequence[PaperRow]) -> None:
     """A strip to the left of the plane with the accuracies of what has no decoder."""
-    strip = figure.add_axes((0.06, 0.4, 0.15, 0.5))
+    strip = figure.add_axes((0.05, 0.4, 0.15, 0.5))
     _bare(strip)
     low, high = plane.get_ylim()
     heights = [(float(row.zero_shot) - low) / (high - low) for row in rows]

@@ -92,7 +92,17 @@ class MeasuredQLIP:
             "model_fingerprint": model_fingerprint(self.model),
             "encoder_fingerprint": encoder_fingerprint(self.model),
             "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
+            "parameters": self._num_parameters(),
         }
+
+    def _num_parameters(self) -> dict[str, int]:
+        """The paper's E + G + Q, and the text tower."""
+        counts = {"encoder": 0, "decoder": 0, "quantizer": 0, "text": 0}
+        for name, parameter in self.model.named_parameters():
+            part = "text" if name.startswith("text") else "decoder" if name.startswith("vision_decoder") else "encoder"
+            part = "quantizer" if name.startswith("vision_model.quant") else part
+            counts[part] += parameter.numel() if name.startswith(("vision_", "text_model")) else 0
+        return counts
 
     def to(self, device: torch.device) -> None:
         """Move it there."""

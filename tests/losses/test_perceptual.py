@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import lpips
@@ -16,25 +18,42 @@ from qlip.core.errors import UserError
 from qlip.core.pixels import normalise
 from qlip.losses.perceptual import EncoderDistance, LpipsDistance
 
-VGG_WIDTHS = {0: (3, 64), 2: (64, 64), 5: (64, 128), 7: (128, 128), 10: (128, 256), 12: (256, 256), 14: (256, 256)}
-VGG_WIDTHS |= {17: (256, 512)} | dict.fromkeys((19, 21, 24, 26, 28), (512, 512))
+VGG_WIDTHS = {0: (64, 3), 2: (64, 64), 5: (128, 64), 7: (128, 128), 10: (256, 128), 12: (256, 256), 14: (256, 256)}
+VGG_WIDTHS |= {17: (512, 256)} | dict.fromkeys((19, 21, 24, 26, 28), (512, 512))
+VGG_SHAPES = {index: (*widths, 3, 3) for index, widths in VGG_WIDTHS.items()}
+ALEX_SHAPES = {0: (64, 3, 11, 11), 3: (192, 64, 5, 5), 6: (384, 192, 3, 3), 8: (256, 384, 3, 3), 10: (256, 256, 3, 3)}
 
 
-def random_vgg() -> dict[str, torch.Tensor]:
+def random_trunk(shapes: Mapping[int, tuple[int, ...]]) -> dict[str, torch.Tensor]:
     """A trunk with torchvision's names; He-scaled, so that all layers answer."""
     generator = torch.Generator().manual_seed(0)
     state = {}
-    for index, (width_in, width_out) in VGG_WIDTHS.items():
-        weight = torch.randn(width_out, width_in, 3, 3, generator=generator) * (2 / (9 * width_in)) ** 0.5
-        state[f"features.{index}.weight"] = weight
-        state[f"features.{index}.bias"] = torch.randn(width_out, generator=generator) * 0.1
+    for index, shape in shapes.items():
+        weight = torch.randn(shape, generator=generator)
+        state[f"features.{index}.weight"] = weight * (2 / weight[0].numel()) ** 0.5
+        state[f"features.{index}.bias"] = torch.randn(shape[0], generator=generator) * 0.1
     return state
+
+
+def random_vgg() -> dict[str, torch.Tensor]:
+    return random_trunk(VGG_SHAPES)
+
+
+def random_alex() -> dict[str, torch.Tensor]:
+    return random_trunk(ALEX_SHAPES)
 
 
 @pytest.fixture(scope="module")
 def vgg_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "vgg16.pth"
     torch.save(random_vgg() | {"classifier.0.weight": torch.zeros(2, 2)}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def alex_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "alexnet.pth"
+    torch.save(random_alex() | {"classifier.1.weight": torch.zeros(2, 2)}, path)
     return path
 
 
@@ -50,27 +69,32 @@ def pictures() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.rand(2, 3, 32, 32, generator=generator), torch.rand(2, 3, 32, 32, generator=generator)
 
 
-def package_distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def package_distance(net_name: str, trunk: dict[str, torch.Tensor], x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """The lpips package used directly: its own linear layers, our random trunk, [0, 1] pictures."""
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        empty = lpips.LPIPS(net="vgg", version="0.1", pnet_rand=True, pretrained=False, verbose=False)
+        empty = lpips.LPIPS(net=net_name, version="0.1", pnet_rand=True, pretrained=False, verbose=False)
     net = empty.to_empty(device="cpu")
     net.scaling_layer = lpips.ScalingLayer()
-    linear = torch.load(Path(lpips.__file__).parent / "weights/v0.1/vgg.pth", map_location="cpu", weights_only=True)
-    net.load_state_dict(linear, strict=False)
-    for name, tensor in random_vgg().items():
+    linear = Path(lpips.__file__).parent / f"weights/v0.1/{net_name}.pth"
+    net.load_state_dict(torch.load(linear, map_location="cpu", weights_only=True), strict=False)
+    for name, tensor in trunk.items():
         _, index, kind = name.split(".")
         part = next(part for part in net.net.children() if index in dict(part.named_children()))
         getattr(part.get_submodule(index), kind).data.copy_(tensor)
     with torch.no_grad():
-        return net(x, y, normalize=True).flatten()
+        return net.eval()(x, y, normalize=True).flatten()
 
 
-def test_lpips_equals_the_package(distance, pictures):
-    ours = distance(*map(normalise, pictures))
-    assert ours.shape == (2,)
-    torch.testing.assert_close(ours, package_distance(*pictures), rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize(
+    ("net", "trunk", "size"),
+    [("vgg", random_vgg, 32), ("vgg", random_vgg, 16), ("alex", random_alex, 48), ("alex", random_alex, 31)],
+)
+def test_lpips_equals_the_package(net, trunk, size, vgg_file, alex_file):
+    x, y = torch.rand(2, 2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    ours = LpipsDistance({"vgg": vgg_file, "alex": alex_file}[net], net=net)(normalise(x), normalise(y))
+    assert ours.shape == (2,) and ours.dtype == torch.float32
+    torch.testing.assert_close(ours, package_distance(net, trunk(), x, y), rtol=1e-6, atol=1e-6)
     assert (ours > 0.01).all()
 
 
@@ -117,16 +141,47 @@ def test_missing_files_are_one_line(tmp_path, vgg_file):
     with pytest.raises(UserError, match=r"no VGG-16 weights at .*nowhere\.pth: fetch https://.*vgg16") as caught:
         LpipsDistance(tmp_path / "nowhere.pth")
     assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"no AlexNet weights at .*nowhere\.pth: fetch https://.*alexnet-owt"):
+        LpipsDistance(tmp_path / "nowhere.pth", net="alex")
     with pytest.raises(UserError, match="no LPIPS linear weights at"):
         LpipsDistance(vgg_file, linear_weights=tmp_path / "nowhere.pth")
 
 
-def test_another_network_is_refused(tmp_path, vgg_file):
-    torch.save({"features.0.weight": torch.zeros(64, 3, 11, 11)}, tmp_path / "alexnet.pth")
+def test_another_network_is_refused(tmp_path, vgg_file, alex_file):
     with pytest.raises(UserError, match=r"features\.0\.weight of shape \(64, 3, 3, 3\) is missing"):
-        LpipsDistance(tmp_path / "alexnet.pth")
+        LpipsDistance(alex_file)
+    with pytest.raises(UserError, match=r"features\.0\.weight of shape \(64, 3, 11, 11\) is missing"):
+        LpipsDistance(vgg_file, net="alex")
     with pytest.raises(UserError, match=r"lin0\.model\.1\.weight of shape \(1, 64, 1, 1\) is missing"):
-        LpipsDistance(vgg_file, linear_weights=tmp_path / "alexnet.pth")
+        LpipsDistance(vgg_file, linear_weights=alex_file)
+
+
+class RunsCode:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def test_what_is_no_weight_file_is_one_line_and_never_runs(tmp_path):
+    file, marker = tmp_path / "vgg16.pth", tmp_path / "marker"
+    for content in (RunsCode(marker), [torch.zeros(2)], {"features.0.weight": 3}, b"<html>404</html>"):
+        if isinstance(content, bytes):
+            file.write_bytes(content)
+        else:
+            torch.save(content, file)
+        with pytest.raises(
+            UserError, match=r"cannot be read as VGG-16 weights \(.*\): fetch https://.*vgg16"
+        ) as caught:
+            LpipsDistance(file)
+        assert "\n" not in str(caught.value)
+    assert not marker.exists()
+    (tmp_path / "vgg16.safetensors").write_bytes(b"{}")
+    with pytest.raises(UserError, match="cannot be read as VGG-16 weights"):
+        LpipsDistance(tmp_path / "vgg16.safetensors")
 
 
 def test_missing_package_names_the_extra(vgg_file, monkeypatch):

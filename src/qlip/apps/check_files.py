@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qlip.core.errors import UserError
 from qlip.data.shard_list import check_shard_split, expand_shards
+from qlip.data.sources import open_source
 from qlip.losses.perceptual import VGG_URL, LpipsDistance
 from qlip.models.qlip.configuration import QLIPConfig
 from qlip.models.qlip.modeling import QLIPModel
@@ -80,7 +81,7 @@ def _training_data(config: RunConfig, num_gpus: int) -> None:
 
 def _held_out_data(config: RunConfig, num_gpus: int) -> None:
     if config.evals.data:
-        expand_shards(config.evals.data)
+        open_source(config.evals.data)
     elif config.trainer.eval_every:
         raise UserError("trainer.eval_every has nothing to measure: add --evals.data PATH, or set it to 0")
 

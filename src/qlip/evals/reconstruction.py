@@ -29,6 +29,7 @@ from qlip.models.measured import MeasuredModel
 from qlip.quantizers.ids import bits_to_ids
 
 LEAST_FOR_FID = 2048  # fewer pictures than features: the covariance has no full rank and the distance no meaning
+LEAST_SIDE = {"ssim": 11, "lpips_vgg": 16, "lpips_alex": 31}  # pixels: below it a window or a pooling has no place
 FEW_FOR_FID = 10_000  # below it the estimate is biased upwards by more than good tokenizers differ
 
 
@@ -54,6 +55,7 @@ class ReconstructionEvaluator:
         require_ability(model, "reconstruct", self.protocol)
         size = picture_side(model, self.protocol)
         self._refuse_few(known_count(self.data))
+        self._refuse_small(size)
         metrics = PictureMetrics(self.wanted, networks=self.data.networks, model=model, device=device)
         collected = collect(
             self.data.reading(self.data.source, preparation=self.protocol.preparation, size=size),
@@ -124,6 +126,15 @@ class ReconstructionEvaluator:
                 f"{self.protocol.name}: rFID of {count} pictures has no meaning, its covariance has {LEAST_FOR_FID} "
                 f"dimensions; give at least {LEAST_FOR_FID} pictures, or --leave-out rfid"
             )
+
+    def _refuse_small(self, size: int) -> None:
+        """Raise `UserError` when pictures are smaller than a metric's window or network."""
+        for name in self.wanted:
+            if size < LEAST_SIDE.get(name, 1):
+                raise UserError(
+                    f"{self.protocol.name}: {name} needs pictures of at least {LEAST_SIDE[name]} pixels, these have "
+                    f"{size}; use a larger size" + (f" or --leave-out {name}" if name.startswith("lpips") else "")
+                )
 
     def _identity(self, model: MeasuredModel, metrics: PictureMetrics, data: str) -> dict[str, Any]:
         """All that the rows of this evaluation depend on."""

@@ -52,9 +52,9 @@ class PictureFolder:
         return bool(self.folders)
 
     def identity(self) -> str:
-        """sha256 over names and sizes of all files."""
+        """sha256 over names, sizes and times of all files."""
         if not self._identity:
-            self._identity = sha256_of(f"{key}\0{_size(self.root / key)}" for key in self.keys)
+            self._identity = sha256_of(f"{key}\0{stamp_of(self.root / key)}" for key in self.keys)
         return self._identity
 
     def items(self) -> Iterator[Item | Skip]:
@@ -85,8 +85,8 @@ class CaptionedFiles:
         self.num_items = len(self.listed)
 
     def identity(self) -> str:
-        """sha256 over the table, and names and sizes of all files."""
-        sizes = (f"{item.key}\0{_size(item.image)}" for item in self.listed if isinstance(item.image, Path))
+        """sha256 over the table, and names, sizes and times of all files."""
+        sizes = (f"{item.key}\0{stamp_of(item.image)}" for item in self.listed if isinstance(item.image, Path))
         return sha256_of([self.table_sha256, *sizes])
 
     def items(self) -> Iterator[Item | Skip]:
@@ -218,11 +218,13 @@ def _by_name(entry: os.DirEntry[str]) -> str:
     return entry.name
 
 
-def _size(path: Path) -> int:
+def stamp_of(path: Path) -> str:
+    """Size and time of a file: two files of one name may be as large, as shards of scenes often are."""
     try:
-        return path.stat().st_size
+        status = path.stat()
     except OSError:
-        return -1
+        return "missing"
+    return f"{status.st_size}\0{status.st_mtime_ns}"
 
 
 def _is_text(name: str) -> bool:

@@ -37,7 +37,7 @@ class Source(Protocol):
     """How many items and skips `items` yields, None where only reading tells."""
 
     def identity(self) -> str:
-        """sha256 over names and sizes of what would be read, without reading pictures: which work may be resumed."""
+        """sha256 over names, sizes and times of the files, without reading pictures: which work may be resumed."""
 
     def items(self) -> Iterator[Item | Skip]:
         """Every item once, in an order that depends on the data alone; what has no usable picture comes as a skip."""

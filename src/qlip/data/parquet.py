@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qlip.core.errors import UserError
-from qlip.data.folders import CAPTION_COLUMNS, caption_texts, card_name, checked_label, sha256_of
+from qlip.data.folders import CAPTION_COLUMNS, caption_texts, card_name, checked_label, sha256_of, stamp_of
 from qlip.data.items import Item
 from qlip.data.tar_reader import Skip
 
@@ -66,8 +66,8 @@ class ParquetSource:
         self.has_labels = bool(self.columns.label)
 
     def identity(self) -> str:
-        """sha256 over names and sizes of the files, and the split."""
-        return sha256_of([self.split, *(f"{name}\0{file.stat().st_size}" for name, file in self.files.items())])
+        """sha256 over names, sizes and times of the files, and the split."""
+        return sha256_of([self.split, *(f"{name}\0{stamp_of(file)}" for name, file in self.files.items())])
 
     def items(self) -> Iterator[Item | Skip]:
         """File by file, row by row. Raises `UserError` for a key that comes twice, and for labels beyond the names."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qlip.core.errors import UserError
-from qlip.data.folders import card_name, checked_label, sha256_of
+from qlip.data.folders import card_name, checked_label, sha256_of, stamp_of
 from qlip.data.items import Item
 from qlip.data.remote import RemoteShard, Shard
 from qlip.data.sample_parts import ShardConfig, captions_of
@@ -35,9 +35,11 @@ class ShardSource:
     """Only reading tells."""
 
     def identity(self) -> str:
-        """sha256 over names and sizes of the shards; of remote ones over names and promised counts."""
-        sizes = (shard.stat().st_size if isinstance(shard, Path) else promised_samples(shard) for shard in self.shards)
-        return sha256_of(f"{shard.name}\0{size}" for shard, size in zip(self.shards, sizes, strict=True))
+        """sha256 over names, sizes and times of the shards; of remote ones over addresses and promised counts."""
+        return sha256_of(
+            f"{shard.name}\0{stamp_of(shard)}" if isinstance(shard, Path) else f"{shard}\0{promised_samples(shard)}"
+            for shard in self.shards
+        )
 
     def items(self) -> Iterator[Item | Skip]:
         """Shard by shard, in file order. Raises `UserError` for a key that two shards have, and for too high labels."""

@@ -17,7 +17,6 @@ from qlip.data.items import Item
 from qlip.data.tar_reader import Skip
 from qlip.evals import collect as collecting
 from qlip.evals.collect import PIXEL_DIGEST, Collected, Reading, collect
-from ranks import on_ranks
 
 CPU = torch.device("cpu")
 
@@ -148,17 +147,3 @@ def on_two(folder: str, num: int, broken: bool) -> dict:
 
 def ranks_say(folder: str) -> list[dict]:
     return [on_two(folder, 18, False), on_two(folder, 3, False), on_two(folder, 6, True)]
-
-
-def test_two_ranks_equal_one(tmp_path):
-    alone = ranks_say(str(tmp_path / "one"))
-    both = on_ranks(ranks_say, str(tmp_path / "two"), num_ranks=2, folder=tmp_path / "ranks")
-    for case, expected in enumerate(alone):
-        for said in (both[0][case], both[1][case]):
-            assert said.get("error") == expected.get("error")
-            if "error" not in expected:
-                assert said["keys"] == expected["keys"]
-                torch.testing.assert_close(said["mean"], expected["mean"], rtol=0, atol=0)
-    assert [said[0]["own"] for said in both] == [10, 8]  # parts 0, 2, 4 and 1, 3
-    assert [said[1]["own"] for said in both] == [3, 0]  # a rank may have nothing
-    assert "1 of 6 samples skipped" in both[1][2]["error"]

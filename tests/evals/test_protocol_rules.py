@@ -32,7 +32,6 @@ from qlip.models.measured import MeasuredQLIP
 from qlip.models.qlip.modeling import QLIPModel
 from qlip.models.qlip.processing import QLIPProcessor
 from qlip.recipes.model import ModelConfig, TowerSize
-from ranks import on_ranks
 
 CPU = torch.device("cpu")
 OFFLINE = ReconstructionSettings(metrics=("psnr", "ssim"))
@@ -252,10 +251,3 @@ def figures_of_all(folder: str) -> dict[str, float]:
     given = protocol(settings=ReconstructionSettings(metrics=("encoder_distance", "fd_encoder")))
     evaluator = ReconstructionEvaluator(given, EvalInput(source=ListSource(items), reference=reference, batch_size=4))
     return found | more | evaluator.run(model, CPU)
-
-
-def test_two_ranks_equal_one(tmp_path):
-    alone = figures_of_all(str(tmp_path / "one"))
-    assert {"psnr", "psnr_baseline", "bit_entropy", "top1", "mean_class", "fd_encoder"} <= alone.keys()
-    for said in on_ranks(figures_of_all, str(tmp_path / "two"), num_ranks=2, folder=tmp_path / "ranks"):
-        assert said == pytest.approx(alone, rel=1e-9)

@@ -28,13 +28,14 @@ def knn_votes(
     """(q, d) and (n, d) features of any norm, (n,) int64 labels of the latter -> (q, classes) weights of the votes.
 
     Queries are gone through in chunks, so that (q, n) never exists. Fewer than `neighbours` training pictures all vote.
+    All tensors are on one device.
     """
     train = F.normalize(train.float(), dim=1)
     votes = []
     for rows in F.normalize(queries.float(), dim=1).split(QUERIES_AT_ONCE):
         cosines, nearest = (rows @ train.T).topk(min(neighbours, len(train)), dim=1)
         weights = (cosines / temperature).exp()
-        votes.append(torch.zeros(len(rows), num_classes).scatter_add_(1, labels[nearest], weights))
+        votes.append(weights.new_zeros(len(rows), num_classes).scatter_add_(1, labels[nearest], weights))
     return torch.cat(votes)
 
 
@@ -59,14 +60,14 @@ class KnnEvaluator:
         figures = {}
         for position in self.settings.positions:
             votes = knn_votes(
-                test.at(position),
-                train.at(position),
-                labels,
+                test.at(position).to(device),
+                train.at(position).to(device),
+                labels.to(device),
                 num_classes=num_classes,
                 neighbours=self.settings.neighbours,
                 temperature=self.settings.temperature,
             )
-            figures[f"knn_{position}"] = share(votes.argmax(1) == truth)
+            figures[f"knn_{position}"] = share(votes.argmax(1).cpu() == truth)
             figures[f"knn_{position}_baseline"] = 1 / num_classes
         self._card = card_of(
             self.protocol,

@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qlip.core.errors import UserError
 from qlip.core.log import progress
 from qlip.evals.card import card_of, sha256_of_names
 from qlip.evals.inputs import EvalInput, require_ability
-from qlip.evals.probe_features import CENTRE, FeatureReader
-from qlip.evals.protocols import LinearProbeSettings, Protocol
+from qlip.evals.probe_features import CENTRE, FeatureReader, ProbeFeatures
+from qlip.evals.protocols import LinearProbeSettings, Position, Protocol
 from qlip.evals.zero_shot import share, topk_hits
 from qlip.models.measured import MeasuredModel
 
@@ -56,8 +57,10 @@ def train_linear(
     """The classifier after the last epoch, in evaluation mode.
 
     `features(epoch)` gives (n, d) float32 on the CPU, `labels` are (n,) int64. The result depends on these and on the
-    settings alone: every rank trains the same.
+    settings alone: every rank trains the same. Raises `UserError` for fewer than two pictures: they have no variance.
     """
+    if len(labels) < 2:
+        raise UserError(f"{title}: {len(labels)} usable training picture; give --train-data with at least 2")
     order = torch.Generator().manual_seed(settings.seed)
     num = len(labels)
     batch_size = min(settings.batch_size, num)
@@ -122,7 +125,7 @@ class LinearProbeEvaluator:
         for position in self.settings.positions:
             known: dict[int, Tensor] = {}
 
-            def features(epoch: int, position: Any = position, known: dict[int, Tensor] = known) -> Tensor:
+            def features(epoch: int, position: Position = position, known: dict[int, Tensor] = known) -> Tensor:
                 view = epoch % len(train)
                 if view not in known:
                     known.clear()  # one view in memory at a time
@@ -172,5 +175,5 @@ class LinearProbeEvaluator:
         """The protocol of the last run."""
         return self._card
 
-    def _train_view(self, reader: FeatureReader, view: int) -> Any:
+    def _train_view(self, reader: FeatureReader, view: int) -> ProbeFeatures:
         return reader.train(view=view if self.settings.train_views else CENTRE, seed=self.settings.seed)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 from PIL import Image
@@ -23,12 +22,11 @@ from qlip.data.sources import require_classes
 from qlip.data.transforms import random_resized_pixels
 from qlip.evals.collect import Batch, Collected, collect
 from qlip.evals.inputs import EvalInput, holds_one_object, objects_of_scene, picture_side
-from qlip.evals.protocols import KnnSettings, LinearProbeSettings, Protocol
+from qlip.evals.protocols import KnnSettings, LinearProbeSettings, Position, Protocol
 from qlip.models.measured import MeasuredModel
 
 CENTRE = -1  # the number of the view that the evaluation uses
 CROP_SCALE = (0.08, 1.0)  # ImageNet training's area share
-Position = Literal["cls", "mean", "cls+mean"]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -42,7 +40,9 @@ class ProbeFeatures:
         return self.collected.rows("labels")["labels"]
 
     def at(self, position: Position) -> Tensor:
-        """(n, d) float32, on every rank: 1.28 million pictures of width 768 are 3.9 GB."""
+        """(n, d) float32, on every rank: 1.28 million pictures of width 768 are 3.9 GB a rank, and a few times that
+        while ranks exchange them. Without a work folder the rows stay in memory besides.
+        """
         rows = self.collected.rows(*position.split("+"))
         return torch.cat([rows[name] for name in position.split("+")], dim=1)
 
@@ -89,7 +89,8 @@ class FeatureReader:
             preparation=preparation,
             size=self.size,
             label=self.settings.label,
-            data=source.identity(),
+            # names and sizes of shards are often alike in both splits: one must never stand for the other
+            data=("test" if source is self.data.source else "train", source.name, source.identity()),
             max_samples=max_samples,
             view=(view, seed) if view != CENTRE else "centre",
         )

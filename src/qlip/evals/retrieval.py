@@ -25,15 +25,15 @@ def ranks_of_right(queries: Tensor, candidates: Tensor, right: Tensor) -> Tensor
     """How many candidates stand before the best right one, for every query: (q,) int64, 0 is found first.
 
     `queries` (q, e) and `candidates` (c, e) have norm 1; `right` (q, k) holds indices of candidates, any of which is an
-    answer. Wrong candidates of the same score stand before the right one: ties count against the model. Queries are
-    gone through in chunks, so that (q, c) never exists.
+    answer. Wrong candidates of the same score stand before the right one: ties count against the model, and so does
+    NaN. Queries are gone through in chunks, so that (q, c) never exists.
     """
     found = []
     for rows, answers in zip(queries.split(QUERIES_AT_ONCE), right.split(QUERIES_AT_ONCE), strict=True):
         scores = rows @ candidates.T  # (chunk, c)
         best = scores.gather(1, answers).amax(1, keepdim=True)
         wrong = torch.ones_like(scores, dtype=torch.bool).scatter(1, answers, False)
-        found.append(((scores >= best) & wrong).sum(1))
+        found.append((~(scores < best) & wrong).sum(1))  # not `>=`: where a score is NaN, that finds all right
     return torch.cat(found)
 
 

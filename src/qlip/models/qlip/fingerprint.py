@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qlip.models.qlip.modeling import QLIPModel
 
@@ -33,6 +33,6 @@ def encoder_fingerprint(model: QLIPModel) -> str:
     return _digest(config, tensors)
 
 
-def model_fingerprint(model: QLIPModel) -> str:
-    """sha256 over all weights."""
+def model_fingerprint(model: nn.Module) -> str:
+    """sha256 over all weights in the order of their names; of QLIP and of models that it is compared with."""
     return _digest({}, model.state_dict().items())

@@ -38,13 +38,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"no file at {path}; give the path of a weight file")
     if path.suffix not in (".safetensors", *PICKLE_SUFFIXES):
         raise UserError(f"{path} has another ending than weight files; give a .safetensors, .pt, .pth or .bin file")
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
     tensors = {str(key): value for key, value in _unwrap(content).items() if isinstance(value, Tensor)}
     if not tensors:
         raise UserError(f"{path} holds no tensors; give a file that holds a model's state dict")
     while all(key.startswith("module.") for key in tensors):
         tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
-    return {key: _checked(tensor.detach(), key=key, path=path) for key, tensor in tensors.items()}
+    return {key: checked_tensor(tensor.detach(), key=key, path=path) for key, tensor in tensors.items()}
 
 
 def _unwrap(content: Any) -> dict:
@@ -58,7 +58,7 @@ def _unwrap(content: Any) -> dict:
     return content if isinstance(content, dict) else {}
 
 
-def _checked(tensor: Tensor, *, key: str, path: Path) -> Tensor:
+def checked_tensor(tensor: Tensor, *, key: str, path: Path) -> Tensor:
     """The tensor in float32 if it holds floats, unchanged otherwise."""
     plain = tensor.layout is torch.strided and tensor.device.type == "cpu"
     if not plain or tensor.is_quantized or tensor.is_complex():
@@ -81,7 +81,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"cannot read {path}: {_first_line(error)}; {DOWNLOAD_AGAIN}") from None
 
 
-def _read_pickle(path: Path) -> Any:
+def read_pickle(path: Path) -> Any:
     """What torch.load makes of the file with nothing but tensors and plain containers allowed."""
     with path.open("rb") as file:
         start = file.read(24)

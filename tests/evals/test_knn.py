@@ -122,6 +122,16 @@ def test_figures_are_those_of_a_loop_and_the_card_says_what_was_searched():
     assert card["train_keys_sha256"] == sha256_of_names([item.key for item in train.found[:25]])
     assert (card["num_classes"], card["class_names_sha256"]) == (3, sha256_of_names(NAMES))
     assert card["protocol_settings"]["temperature"] == 0.07
+    assert card["train_overlap"] == 0
+
+
+def test_test_pictures_among_the_training_pictures_are_counted_and_said(capsys):
+    test, train = classes(14, seed=0, name="val"), classes(10, seed=1, name="train")
+    train.found += [replace(item, key=f"again/{item.key}") for item in test.found[:5]]
+    evaluator = KnnEvaluator(protocol(KnnSettings(neighbours=1)), EvalInput(source=test, train_source=train))
+    evaluator.run(Halver(), CPU)
+    assert evaluator.card()["train_overlap"] == 5
+    assert "5 of 14 test pictures are training pictures too, pixel for pixel" in capsys.readouterr().out
 
 
 def test_splits_of_equal_names_and_sizes_are_told_apart_on_disk(tmp_path):

@@ -37,7 +37,7 @@ class PictureFolder:
     folders: tuple[str, ...]
     """Sorted names of the subfolders that are classes; empty for a folder with pictures of its own."""
     keys: list[str]
-    """Paths below `root` with `/`: class by class, sorted within. A training set has a million: no objects here."""
+    """Paths below `root` with `/`, sorted. A training set has a million: no objects here."""
     name: str = field(init=False)
     class_names: tuple[str, ...] = field(init=False)
     num_items: int | None = field(init=False)
@@ -58,9 +58,9 @@ class PictureFolder:
         return self._identity
 
     def items(self) -> Iterator[Item | Skip]:
-        """Class by class, files sorted."""
+        """In the order of their names' sha256, so that the first so many are of all classes."""
         labels = {folder: label for label, folder in enumerate(self.folders)}
-        for key in self.keys:
+        for key in sorted(self.keys, key=lambda key: hashlib.sha256(os.fsencode(key)).digest()):
             if not _is_text(key):
                 yield Skip(key=os.fsencode(key).decode("ascii", "backslashreplace"), reason="name not UTF-8", shard="")
             else:

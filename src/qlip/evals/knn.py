@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qlip.evals.card import card_of, sha256_of_names
 from qlip.evals.inputs import EvalInput, require_ability
-from qlip.evals.probe_features import FeatureReader
+from qlip.evals.probe_features import FeatureReader, num_overlapping
 from qlip.evals.protocols import KnnSettings, Protocol
 from qlip.evals.zero_shot import share
 from qlip.models.measured import MeasuredModel
@@ -85,6 +85,7 @@ class KnnEvaluator:
             "train_data": self.data.train_source.name,
             "train_count": len(train.collected.keys),
             "train_keys_sha256": sha256_of_names(train.collected.keys),
+            "train_overlap": num_overlapping(test, train),
             "num_classes": num_classes,
             "class_names_sha256": sha256_of_names(reader.class_names),
         }

@@ -19,7 +19,7 @@ from qlip.core.errors import UserError
 from qlip.core.log import progress
 from qlip.evals.card import card_of, sha256_of_names
 from qlip.evals.inputs import EvalInput, require_ability
-from qlip.evals.probe_features import CENTRE, FeatureReader, ProbeFeatures
+from qlip.evals.probe_features import CENTRE, FeatureReader, ProbeFeatures, num_overlapping
 from qlip.evals.protocols import LinearProbeSettings, Position, Protocol
 from qlip.evals.zero_shot import share, topk_hits
 from qlip.models.measured import MeasuredModel
@@ -165,6 +165,7 @@ class LinearProbeEvaluator:
             "train_data": self.data.train_source.name,
             "train_count": len(train[0].collected.keys),
             "train_keys_sha256": sha256_of_names(train[0].collected.keys),
+            "train_overlap": None if self.settings.train_views else num_overlapping(test, train[0]),
             "num_classes": num_classes,
             "class_names_sha256": sha256_of_names(reader.class_names),
             "selection": "none: the protocol's rate, the last epoch",

@@ -15,12 +15,13 @@ from PIL import Image
 from torch import Tensor
 
 from qlip.core.errors import UserError
+from qlip.core.log import console
 from qlip.data.items import Item, Source
 from qlip.data.scenes import SHAPE_NAMES
 from qlip.data.shards import seeded_random
 from qlip.data.sources import require_classes
 from qlip.data.transforms import random_resized_pixels
-from qlip.evals.collect import Batch, Collected, collect
+from qlip.evals.collect import PIXEL_DIGEST, Batch, Collected, collect
 from qlip.evals.inputs import EvalInput, holds_one_object, objects_of_scene, picture_side
 from qlip.evals.protocols import KnnSettings, LinearProbeSettings, Position, Protocol
 from qlip.models.measured import MeasuredModel
@@ -45,6 +46,16 @@ class ProbeFeatures:
         """
         rows = self.collected.rows(*position.split("+"))
         return torch.cat([rows[name] for name in position.split("+")], dim=1)
+
+
+def num_overlapping(test: ProbeFeatures, train: ProbeFeatures) -> int:
+    """How many test pictures are among the training pictures, pixel for pixel; says so when there are any."""
+    digests = [found.collected.rows(PIXEL_DIGEST)[PIXEL_DIGEST].numpy() for found in (test, train)]
+    seen = {row.tobytes() for row in digests[1]}
+    overlap = sum(row.tobytes() in seen for row in digests[0])
+    if overlap:
+        console.print(f"{overlap} of {len(digests[0])} test pictures are training pictures too, pixel for pixel")
+    return overlap
 
 
 class FeatureReader:
@@ -89,7 +100,7 @@ class FeatureReader:
             preparation=preparation,
             size=self.size,
             label=self.settings.label,
-            # names and sizes of shards are often alike in both splits: one must never stand for the other
+            # remote shards are known by name and count, often alike in both splits: one must not stand for the other
             data=("test" if source is self.data.source else "train", source.name, source.identity()),
             max_samples=max_samples,
             view=(view, seed) if view != CENTRE else "centre",

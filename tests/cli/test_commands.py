@@ -99,6 +99,20 @@ def test_eval_writes_its_results(qlip, model_folder, tmp_path):
     assert "choose another file" in qlip.refused("eval", model_folder, *options, "--json", file / "x.json")
 
 
+def test_results_are_compared_and_become_a_table(qlip, model_folder, tmp_path):
+    qlip.works("data", "scenes", tmp_path / "test", "--num", "12", "--image-size", "16", "--split", "test")
+    options = ["--data", tmp_path / "test", "--evals", "scenes-reconstruction-v1", "--device", "cpu"]
+    for name, more in (("a", []), ("b", []), ("c", ["--max-samples", "5"])):
+        qlip.works("eval", model_folder, *options, *more, "--out", tmp_path / name)
+    a, b, c = (tmp_path / name / "results.json" for name in "abc")
+    assert "psnr" in qlip.works("eval", "compare", a, b)
+    assert "cannot be compared: count 12 -> 5" in qlip.refused("eval", "compare", a, c)
+    assert "count 12 -> 5" in qlip.works("eval", "compare", a, c, "--force")
+    table = qlip.works("table", a)
+    assert "| QLIP-B (16) |" in table and "ours (n = 12)" in table
+    assert "imagenet-recon-256-bilinear-v1" in qlip.works("eval", "protocols")
+
+
 def test_doctor_names_versions_and_finds_no_problem(qlip):
     said = qlip.works("doctor")
     assert f"{torch.__version__.split('+')[0]}" in said and "no problems found" in said

@@ -14,7 +14,13 @@ from rich.table import Table
 from qlip.core.log import console
 
 PACKAGES = ("qlip", "torch", "torchvision", "transformers", "safetensors", "timm", "pillow", "pyarrow", "torchdata")
-EXTRAS = {"eval": ("torch_fidelity", "lpips"), "app": ("gradio",), "ray": ("ray",), "trackers": ("trackio", "wandb")}
+EXTRAS = {
+    "eval": ("torch_fidelity", "lpips"),
+    "baselines": ("diffusers", "sentencepiece"),
+    "app": ("gradio",),
+    "ray": ("ray",),
+    "trackers": ("trackio", "wandb"),
+}
 
 
 def print_diagnosis() -> None:

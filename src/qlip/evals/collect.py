@@ -145,7 +145,8 @@ def _own_parts(
     found: list[tuple[int, list[str], dict[str, int]]] = []
     total = min(filter(None, (reading.max_samples, reading.source.num_items)), default=0)
     done = 0
-    with progress(title, total) as bar, ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
+    num_threads = min(16, max(1, (os.cpu_count() or 1) // distributed.world_size()))
+    with progress(title, total) as bar, ThreadPoolExecutor(num_threads) as threads:
         for number, (items, skips) in enumerate(_cut(reading)):
             first, done = done, done + len(items)
             if number % distributed.world_size() != distributed.rank():

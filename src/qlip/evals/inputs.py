@@ -17,6 +17,7 @@ from qlip.core.errors import UserError
 from qlip.core.images import ImageLimits
 from qlip.data.items import Item, Source
 from qlip.data.transforms import prepared_pixels
+from qlip.engine.run_folder import versions
 from qlip.evals.collect import Reading
 from qlip.evals.networks import Networks
 from qlip.evals.protocols import Preparation, Protocol
@@ -70,10 +71,13 @@ class EvalInput:
         )
 
     def parts_folder(self, kind: str, **identity: Any) -> Path | None:
-        """Where parts of just this work are kept: a folder named by the sha256 of all that its rows depend on."""
+        """Where parts of just this work are kept: a folder named by the sha256 of all that its rows depend on.
+
+        Versions of qlip, torch and Pillow are among it: features of an earlier installation are not taken up again.
+        """
         if self.folder is None:
             return None
-        text = json.dumps(identity, sort_keys=True, default=str)
+        text = json.dumps(identity | {"versions": versions()}, sort_keys=True, default=str)
         return self.folder / kind / hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlip.core import distributed
 from qlip.core.errors import UserError
 from qlip.core.log import console
 from qlip.evals.card import card_of, sha256_of_names
@@ -56,7 +57,9 @@ class ReconstructionEvaluator:
         size = picture_side(model, self.protocol)
         self._refuse_few(known_count(self.data))
         self._refuse_small(size)
-        metrics = PictureMetrics(self.wanted, networks=self.data.networks, model=model, device=device)
+        metrics = distributed.on_all_ranks(
+            lambda: PictureMetrics(self.wanted, networks=self.data.networks, model=model, device=device)
+        )
         collected = collect(
             self.data.reading(self.data.source, preparation=self.protocol.preparation, size=size),
             self._measure(model, metrics),

@@ -14,6 +14,7 @@ import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -140,8 +141,7 @@ def run_evals(model: Path | str, request: EvalRequest, *, device: str = "auto") 
         find_protocol(name)
     place = pick_device(device)
     distributed.start(device_type=place.type)
-    data = request.open()
-    measured = distributed.on_all_ranks(lambda: open_measured(model))
+    data, measured = distributed.on_all_ranks(lambda: (request.open(), open_measured(model)))
     measured.to(place)
     results: list[dict[str, Any]] = []
     for name in request.evals:
@@ -150,15 +150,25 @@ def run_evals(model: Path | str, request: EvalRequest, *, device: str = "auto") 
         card = {"model": str(model), **evaluator.card()}
         kind = find_protocol(name).kind
         results.append({"eval": kind, "figures": figures, "details": evaluator.details, "card": card})
-        if request.folder is not None and distributed.rank() == 0:
-            write_results(request.folder / "results.json", results)
-            if isinstance(evaluator, ReconstructionEvaluator):
-                evaluator.write_looks(request.folder, measured, place)
-    distributed.wait_for_all()
+        distributed.on_first_rank(partial(_write, request.folder, results, evaluator, measured, place))
     if request.folder is not None and distributed.rank() == 0:
         for parts in ("parts", "reference"):
             shutil.rmtree(request.folder / parts, ignore_errors=True)
     return results
+
+
+def _write(
+    folder: Path | None,
+    results: list[dict[str, Any]],
+    evaluator: MeasuredEvaluator,
+    model: MeasuredModel,
+    device: torch.device,
+) -> None:
+    """All results so far, and what the last evaluation has to look at."""
+    if folder is not None:
+        write_results(folder / "results.json", results)
+        if isinstance(evaluator, ReconstructionEvaluator):
+            evaluator.write_looks(folder, model, device)
 
 
 class TrainingEvaluator:

@@ -112,7 +112,7 @@ def test_fewer_samples_than_features():
     ("num_x", "num_y", "width"), [(6, 6, 64), (6, 40, 64), (30, 12, 48)], ids=["few", "second-full", "uneven"]
 )
 def test_low_rank_equals_brute_force(num_x, num_y, width):
-    """Rounding in the null space costs 1e-8 of the scale under a root, so 1e-9 holds for full rank only."""
+    """Rounding in the null space of the second costs 1e-8 under a root, so 1e-9 holds for full rank only."""
     generator = torch.Generator().manual_seed(8)
     x, y = (torch.randn(count, width, generator=generator).abs() for count in (num_x, num_y))
     for first, second in ((x, y), (y, x)):

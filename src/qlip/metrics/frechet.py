@@ -97,7 +97,8 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     if mean_a.shape != mean_b.shape:
         raise ValueError(f"features of different networks: widths {len(mean_a)} and {len(mean_b)}")
     values, vectors = torch.linalg.eigh(covariance_a)
-    factor = vectors * values.clamp(min=0).sqrt()  # rank-deficient: rounding leaves eigenvalues just below zero
+    real = values > values[-1] * len(values) * torch.finfo(values.dtype).eps  # the rest is zero but for rounding
+    factor = vectors[:, real] * values[real].sqrt()
     product = factor.T @ covariance_b @ factor
     root_trace = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
     distance = (mean_a - mean_b).square().sum() + covariance_a.trace() + covariance_b.trace() - 2 * root_trace

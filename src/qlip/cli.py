@@ -75,5 +75,5 @@ def main() -> None:
             print(f"qlip: {last_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("qlip: stopped; start the same command again to go on from the last checkpoint", file=sys.stderr)
+        print("qlip: stopped; start the same command again to go on", file=sys.stderr)
         raise SystemExit(130) from None

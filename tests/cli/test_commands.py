@@ -86,7 +86,7 @@ def test_eval_writes_its_results(qlip, model_folder, tmp_path):
     file = tmp_path / "result.json"
     options = ["--data", tmp_path / "test", "--max-samples", "10", "--device", "cpu", "--out", tmp_path / "out"]
     said = qlip.works("eval", model_folder, *options, "--json", file)
-    assert f"scenes-reconstruction-v1  (10 samples of {tmp_path.name}/test)" in said
+    assert f"scenes-reconstruction-v1  (10 samples of {tmp_path.name}/test, not the full set)" in said
     assert "psnr" in said and "chance" in said
     assert [result["card"]["count"] for result in json.loads(file.read_text())] == [10, 10]
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == json.loads(file.read_text())

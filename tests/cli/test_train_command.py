@@ -129,7 +129,7 @@ def test_ctrl_c_is_one_line_and_the_run_goes_on(qlip, scenes, tmp_path):
         _, err = process.communicate(timeout=120)
     finally:
         process.kill()
-    assert err == "qlip: stopped; start the same command again to go on from the last checkpoint\n"
+    assert err == "qlip: stopped; start the same command again to go on\n"
     assert process.returncode == 130
     newest = max(int(path.name.removeprefix("step_")) for path in (run / "checkpoints").glob("step_*[0-9]"))
     steps = str(newest + 1)

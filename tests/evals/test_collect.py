@@ -72,11 +72,11 @@ def test_skips_are_counted_with_their_reasons_and_stop_a_run_when_many():
     collected = run(ListSource(items), max_skip_share=0.3)
     assert collected.skipped.total() == 3 and set(collected.skipped) >= {"missing image", "too elongated"}
     assert len(collected.keys) == 15 == len(collected.rows("mean")["mean"])
-    with pytest.raises(UserError, match=r"3 of 18 samples skipped, more than max_skip_share 0\.1"):
+    with pytest.raises(UserError, match=r"3 of 18 pictures cannot be used, .* 10%; the first is x: missing image"):
         run(ListSource(items), max_skip_share=0.1)
-    with pytest.raises(UserError, match=r"skipped|no usable picture"):
+    with pytest.raises(UserError, match="1 of 1 pictures cannot be used"):
         run(ListSource([Item(key="broken", image=b"")]))
-    with pytest.raises(UserError, match="no usable picture"):
+    with pytest.raises(UserError, match="no picture for this evaluation"):
         run(ListSource([]))
 
 

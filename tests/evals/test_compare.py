@@ -156,7 +156,7 @@ def test_unlike_is_refused_in_one_line_and_forced_with_a_warning(tmp_path, capsy
         compare_results(a, b)
     assert str(error.value) == (
         f"{a} and {b} cannot be compared: protocol imagenet-recon-256-bicubic-v1 -> imagenet-recon-256-bilinear-v1, "
-        "preparation.filter bicubic -> bilinear, count 50000 -> 2000; evaluate both under one protocol, or give --force"
+        "preparation.filter bicubic -> bilinear, count 50000 -> 2000; evaluate both alike, or give --force"
     )
     assert not capsys.readouterr().out
     compare_results(a, b, force=True)

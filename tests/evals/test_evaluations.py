@@ -231,7 +231,7 @@ def test_results_carry_their_protocol_and_survive_json(export, shards, tmp_path,
     request = EvalRequest(data=str(shards), max_samples=5, folder=tmp_path / "out")
     results = run_evals(export, request, device="cpu")
     assert json.loads((tmp_path / "out" / "results.json").read_text())[0] == results[0]
-    assert not (tmp_path / "out" / "parts").exists()
+    assert not (tmp_path / "out" / ".parts").exists()
     needed = {"protocol", "preparation", "protocol_settings", "complete", "baseline", "data", "count", "skipped"}
     needed |= {"keys_sha256", "pixels_sha256", "image_size", "antialias", "ranks", "batch_size", "command"}
     needed |= {"model", "model_name", "model_fingerprint", "encoder_fingerprint", "dtype", "device", "versions"}
@@ -256,7 +256,10 @@ def test_results_carry_their_protocol_and_survive_json(export, shards, tmp_path,
     for shown in (results, read):
         print_results(shown)
         text = capsys.readouterr().out
-        assert f"scenes-zeroshot-v1  (5 samples of {shards.parent.name}/test)" in text and "top1_unseen_pairs" in text
+        assert (
+            f"scenes-zeroshot-v1  (5 samples of {shards.parent.name}/test, not the full set)" in text
+            and "top1_unseen_pairs" in text
+        )
         assert f"{figures['colour_top1']:.4f}" in text
     assert list(path.parent.iterdir()) == [path]
     (tmp_path / "file").write_text("")

@@ -237,7 +237,7 @@ def test_too_few_pictures_and_data_without_scenes_are_one_line():
         LinearProbeEvaluator(protocol(), data(train_source=classes(1))).run(Halver(), CPU)
     broken = classes(3)
     broken.found = [replace(item, image=b"") for item in broken.found]
-    with pytest.raises(UserError, match="skipped"):
+    with pytest.raises(UserError, match="3 of 3 pictures cannot be used"):
         LinearProbeEvaluator(protocol(), data(train_source=broken)).run(Halver(), CPU)
     with pytest.raises(UserError, match=r"needs scene shards .*`qlip data scenes`"):
         LinearProbeEvaluator(protocol(replace(QUICK, label="shape")), data()).run(Halver(), CPU)

@@ -151,7 +151,8 @@ def test_figures_are_those_of_an_explicit_loop_over_the_first_captions():
     assert 0.1 < figures["text_to_image_r1"] < figures["text_to_image_r10"]
     assert len(figures) == 12
     assert (card["count"], card["num_captions"], card["baseline"]) == (NUM, 2 * NUM, "chance")
-    assert card["captions_sha256"] == sha256_of_names(texts)
+    pairs = [f"{item.key}\0{item.captions[:2]}" for item in items]
+    assert card["captions_sha256"] == sha256_of_names(pairs)
 
 
 def pixels_of(item: Item) -> Tensor:
@@ -179,7 +180,7 @@ def test_too_few_captions_and_models_without_texts_are_one_line():
     items = painted(6)
     items[3] = Item(key="003", image=items[3].image, captions=items[3].captions[:1])
     with pytest.raises(
-        UserError, match=r"list: 003 has 1 captions, test-v1 takes 2; give .*images-retrieval-v1"
+        UserError, match=r"list: 003 has 1 captions, test-v1 takes 2: give .*images-retrieval-v1"
     ) as error:
         evaluate(items, Painter())
     assert "\n" not in str(error.value)

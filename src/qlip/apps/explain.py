@@ -6,6 +6,7 @@ Most gaps between two papers' figures are gaps between protocols: this says how 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +85,10 @@ def explain(
     request = EvalRequest(
         data=data, reference=reference, max_samples=max_samples, batch_size=batch_size, networks=networks, folder=folder
     )
-    opened = request.open()
-    measured = open_measured(model)
+    opened, measured = distributed.on_all_ranks(lambda: (request.open(), open_measured(model)))
     measured.to(place)
     size = 0 if measured.image_size else SIZE
-    metrics = _possible_metrics(measured, opened)
+    metrics = distributed.gather_objects(_possible_metrics(measured, opened))[0]  # as rank 0 finds the weights
     results = []
     for variant in variants(size=size, metrics=metrics, reference=bool(reference)):
         given = opened if variant.reference else replace(opened, reference=None)
@@ -96,8 +96,8 @@ def explain(
         figures = evaluator.run(measured, place)
         card = {"model": model, "changes": variant.changes, **evaluator.card()}
         results.append({"eval": "reconstruction", "figures": figures, "details": {}, "card": card})
-        if distributed.rank() == 0:
-            write_results(folder / "results.json", results)
+        distributed.on_first_rank(partial(write_results, folder / "results.json", results))
+    distributed.on_first_rank(opened.clean_up)
     _print(results, metrics)
     console.print(f"cards: {folder / 'results.json'}")
 

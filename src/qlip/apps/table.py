@@ -84,18 +84,18 @@ def build_table(
     """
     models = read_models(results, wanted=WANTED[shape], protocols=protocols)
     text = render(_pages(models, shape=shape, paper=paper, one=format == "csv"), format)
+    if out is None:
+        print(text)
+    else:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write {out}: {error.strerror}; choose another file") from None
     if plot is not None:
         from qlip.apps.table_plot import draw_plane, plane_points  # brings matplotlib along
 
         draw_plane(plane_points(read_models(results, wanted=("top1", "rfid"), protocols=protocols)), plot, paper=paper)
-    if out is None:
-        print(text)
-        return
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}; choose another file") from None
 
 
 def table_rows(
@@ -202,7 +202,7 @@ def _tokenizers(models: list[Model], *, paper: bool) -> Page:
         head = (Cell(model.name), Cell(""), Cell(_params(model.fact("parameters"))), _bits(model, marks))
         rows.append((*head, *(_cell(model, name, marks) for name in names), _source(model, names)))
     return Page(
-        title="Table 2: tokenizers (ZS: zero-shot top-1 on ImageNet in %; PSNR in dB)",
+        title="Table 2: tokenizers (ZS: zero-shot top-1 in %, on ImageNet unless a note says otherwise; PSNR in dB)",
         header=("tokenizer", "data", "E + G + Q", "bits", *(COLUMNS[name][0] for name in names), "source"),
         rows=tuple(rows),
         marks=marks.explained(),
@@ -259,7 +259,7 @@ def _ablations(models: list[Model], *, parts: tuple[str, ...]) -> Page:
     sources = (Cell("source"), *(Cell("paper") for _ in variants), *(_source(model, names) for model in models))
     title = "; ".join(ABLATION_PARTS[part] for part in parts) or "Table 3: ablations"
     return Page(
-        title=f"{title} (ZS: zero-shot top-1 on ImageNet in %; PSNR in dB)",
+        title=f"{title} (ZS: zero-shot top-1 in %, on ImageNet unless a note says otherwise; PSNR in dB)",
         header=("", *(f"{v.part}. {v.name}" if prefix else v.name for v in variants), *(m.name for m in models)),
         rows=(*rows, sources),
         marks=marks.explained(),
@@ -282,7 +282,7 @@ def _probes(models: list[Model], *, paper: bool) -> Page:
             if name in model.figures:
                 rows.append((Cell(model.name), Cell(position), _cell(model, name, marks), _source(model, (name,))))
     return Page(
-        title="Table 10: linear probe on ImageNet (top-1 in %)",
+        title="Table 10: linear probe (top-1 in %, on ImageNet unless a note says otherwise)",
         header=("model", "position", "top-1", "source"),
         rows=tuple(rows),
         marks=marks.explained(),

@@ -7,22 +7,35 @@ import shlex
 import sys
 import time
 from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qlip.core import distributed
-from qlip.data.items import Source
 from qlip.engine.run_folder import git_commit, versions
 from qlip.evals.collect import PIXEL_DIGEST, Collected
+from qlip.evals.inputs import EvalInput
 from qlip.evals.protocols import Protocol
 from qlip.models.measured import MeasuredModel
+
+METRIC_PACKAGES = ("torch-fidelity", "lpips", "open_clip_torch", "diffusers")
 
 
 def sha256_of_names(names: Iterable[str]) -> str:
     """sha256 over sorted names, one per line: the identity of a data set or class list."""
     return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()
+
+
+def sha256_in_order(names: Iterable[str]) -> str:
+    """sha256 over names in their order, one per line: of class names, whose place is their label."""
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
+
+
+def sha256_of_truth(keys: Iterable[str], truth: Iterable[object]) -> str:
+    """sha256 over what is right for each picture: a label, captions."""
+    return sha256_of_names(f"{key}\0{right}" for key, right in zip(keys, truth, strict=True))
 
 
 def sha256_of_pixels(digests: Tensor) -> str:
@@ -35,26 +48,34 @@ def card_of(
     protocol: Protocol,
     model: MeasuredModel,
     *,
-    source: Source,
+    data: EvalInput,
     collected: Collected,
     size: int,
     baseline: str,
     device: torch.device,
-    batch_size: int,
-    seconds: float,
+    started: float,
 ) -> dict[str, Any]:
-    """The card that all evaluations share: protocol, data, model, machine. All ranks call it together."""
+    """The card that all evaluations share: protocol, data, model, machine. All ranks call it together.
+
+    `complete`: all pictures that the protocol names, or, where it names no number, all that the data have. `started` is
+    `time.monotonic()` of then.
+    """
     count = len(collected.keys)
+    digests = collected.rows(PIXEL_DIGEST)[PIXEL_DIGEST]
+    cut = bool(data.max_samples) and count + collected.skipped.total() >= data.max_samples
     return {
         **protocol.card(),
-        "complete": not protocol.count or count == protocol.count,
+        "complete": count == protocol.count if protocol.count else not cut,
+        "max_samples": data.max_samples,
         "baseline": baseline,
-        "data": source.name,
+        "data": data.source.name,
+        "split": data.split,
         "count": count,
+        "duplicates": count - len(digests.unique(dim=0)),
         "skipped": collected.skipped.total(),
         "skipped_reasons": dict(collected.skipped),
         "keys_sha256": sha256_of_names(collected.keys),
-        "pixels_sha256": sha256_of_pixels(collected.rows(PIXEL_DIGEST)[PIXEL_DIGEST]),
+        "pixels_sha256": sha256_of_pixels(digests),
         "image_size": size,
         "antialias": True,
         "model_name": model.name,
@@ -63,9 +84,19 @@ def card_of(
         **model.identity(),
         "device": device.type,
         "ranks": distributed.world_size(),
-        "batch_size": batch_size,
-        **run_card_fields(seconds=seconds),
+        "batch_size": data.batch_size,
+        "resumed_parts": collected.num_resumed,
+        **run_card_fields(seconds=time.monotonic() - started),
+        "metric_versions": {name: version(name) for name in METRIC_PACKAGES if _installed(name)},
     }
+
+
+def _installed(name: str) -> bool:
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def run_card_fields(*, seconds: float) -> dict[str, Any]:

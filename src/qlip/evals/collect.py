@@ -29,10 +29,11 @@ from qlip.core.errors import UserError
 from qlip.core.images import ImageLimits, ImageRejected, open_image
 from qlip.core.log import progress
 from qlip.data.items import Item, Source
-from qlip.data.ledger import Ledger
+from qlip.data.ledger import kind_of
 from qlip.data.tar_reader import Skip
 from qlip.data.transforms import prepared_pixels
 
+ABOUT = ("keys", "skipped", "examples")
 PART = 500  # items; a kill loses at most so many per rank
 Batch = dict[str, Any]
 """`pictures` (b, 3, S, S) uint8 on the device, `items` list of b, `sample_index` (b,) int64 on the CPU: the place in
@@ -73,6 +74,8 @@ class Collected:
     """Reason -> how many, over all ranks."""
     parts: list[tuple[int, Path | dict[str, Tensor]]]
     """This rank's: number, and the rows or the file that holds them."""
+    num_resumed: int
+    """Parts, over all ranks, that an earlier run had finished."""
 
     def own(self, *names: str) -> Iterator[dict[str, Tensor]]:
         """Rows of this rank, part by part: for sums that are joined afterwards, such as `FeatureStatistics`."""
@@ -96,16 +99,20 @@ def collect(
     `folder` keeps finished parts and must belong to this model, data and protocol alone; None keeps them in memory.
     Raises `UserError` on all ranks for no usable picture, too many skips, or a folder that cannot be written.
     """
-    parts, found = distributed.on_all_ranks(lambda: _own_parts(reading, measure, title, device, folder))
-    ordered = sorted((part for ranks in distributed.gather_objects(found) for part in ranks), key=lambda part: part[0])
-    keys = [key for _, part_keys, _ in ordered for key in part_keys]
-    skipped = sum((Counter(reasons) for _, _, reasons in ordered), Counter[str]())
-    ledger = Ledger(None, max_skip_share=reading.max_skip_share)
-    ledger.load_state_dict({"num_good": len(keys), "skipped": skipped})
-    ledger.check()
+    parts, own = distributed.on_all_ranks(lambda: _own_parts(reading, measure, title, device, folder))
+    found = sorted((part for ranks in distributed.gather_objects(own) for part in ranks), key=lambda part: part.number)
+    keys = [key for part in found for key in part.keys]
+    skipped = sum((Counter(part.skipped) for part in found), Counter[str]())
+    num_seen = len(keys) + skipped.total()
+    if skipped.total() > reading.max_skip_share * num_seen:
+        first = next(example for part in found for example in part.examples)
+        raise UserError(
+            f"{reading.source.name}: {skipped.total()} of {num_seen} pictures cannot be used, more than "
+            f"{reading.max_skip_share:.0%}; the first is {first}; mend or remove them"
+        )
     if not keys:
-        raise UserError(f"{reading.source.name}: no usable picture for this evaluation; see `qlip data inspect`")
-    return Collected(keys=keys, skipped=skipped, parts=parts)
+        raise UserError(f"{reading.source.name}: no picture for this evaluation; give data that have some")
+    return Collected(keys=keys, skipped=skipped, parts=parts, num_resumed=sum(part.resumed for part in found))
 
 
 def first_pictures(source: Source, *, num: int, size: int) -> tuple[list[Item], Tensor]:
@@ -122,7 +129,7 @@ def first_pictures(source: Source, *, num: int, size: int) -> tuple[list[Item], 
         if len(items) == num:
             break
     if not items:
-        raise UserError(f"{source.name}: no usable picture; see `qlip data inspect`")
+        raise UserError(f"{source.name}: no usable picture; give data that have some")
     return items, torch.stack(pictures)
 
 
@@ -137,12 +144,25 @@ def read_again(reading: Reading, keys: list[str]) -> Tensor:
     return torch.stack([found[key] for key in keys])
 
 
+@dataclass(kw_only=True, slots=True)
+class _Part:
+    """What all ranks are told of a part."""
+
+    number: int
+    keys: list[str]
+    skipped: dict[str, int]
+    """Reason -> how many."""
+    examples: list[str]
+    """`key: reason` of the first that were skipped."""
+    resumed: bool
+
+
 def _own_parts(
     reading: Reading, measure: Measure, title: str, device: torch.device, folder: Path | None
-) -> tuple[list[tuple[int, Path | dict[str, Tensor]]], list[tuple[int, list[str], dict[str, int]]]]:
-    """This rank's parts, and of each its number, keys and skips."""
+) -> tuple[list[tuple[int, Path | dict[str, Tensor]]], list[_Part]]:
+    """This rank's rows, by part, and what there is to say of each part."""
     parts: list[tuple[int, Path | dict[str, Tensor]]] = []
-    found: list[tuple[int, list[str], dict[str, int]]] = []
+    found: list[_Part] = []
     total = min(filter(None, (reading.max_samples, reading.source.num_items)), default=0)
     done = 0
     num_threads = min(16, max(1, (os.cpu_count() or 1) // distributed.world_size()))
@@ -152,16 +172,14 @@ def _own_parts(
             if number % distributed.world_size() != distributed.rank():
                 continue
             file = folder / f"part_{number:06d}.safetensors" if folder is not None else None
-            known = _read_part(file) if file is not None else None
-            if known is None:
-                rows, keys, reasons = _measure_part(reading, measure, items, skips, first, device, threads)
+            part = _read_part(file, number) if file is not None else None
+            if part is None:
+                rows, part = _measure_part(reading, measure, items, skips, number, first, device, threads)
                 if file is not None:
-                    _write_part(file, rows, keys, reasons)
-            else:
-                keys, reasons = known
-            if keys:
+                    _write_part(file, rows, part)
+            if part.keys:
                 parts.append((number, rows if file is None else file))
-            found.append((number, keys, reasons))
+            found.append(part)
             bar.update(done)
     return parts, found
 
@@ -193,20 +211,20 @@ def _measure_part(
     measure: Measure,
     items: list[Item],
     skips: list[Skip],
+    number: int,
     first: int,
     device: torch.device,
     threads: ThreadPoolExecutor,
-) -> tuple[dict[str, Tensor], list[str], dict[str, int]]:
-    """Rows, keys and skips of one part."""
-    ledger = Ledger(None, max_skip_share=1.0)
-    for skip in skips:
-        ledger.skip(skip, epoch=0)
+) -> tuple[dict[str, Tensor], _Part]:
+    """Rows of one part, and what there is to say of it."""
+    skips = list(skips)
+    size = min(reading.batch_size, PART)
     keys: list[str] = []
     batches: list[dict[str, Tensor]] = []
     waiting: list[tuple[Item, int, Tensor]] = []
 
     def flush() -> None:
-        batch = _batch(waiting, reading.batch_size, device)
+        batch = _batch(waiting, size, device)
         real = batch["sample_index"] != -1
         rows = measure(batch) | {PIXEL_DIGEST: torch.stack([_digest(picture) for _, _, picture in waiting])}
         batches.append({name: tensor.cpu()[real[: len(tensor)]] for name, tensor in rows.items()})
@@ -214,16 +232,20 @@ def _measure_part(
 
     for place, (item, picture) in enumerate(zip(items, threads.map(lambda i: _decode(i, reading), items), strict=True)):
         if isinstance(picture, str):
-            ledger.skip(Skip(key=item.key, reason=picture, shard=""), epoch=0)
+            skips.append(Skip(key=item.key, reason=picture, shard=""))
             continue
         keys.append(item.key)
         waiting.append((item, first + place, picture))
-        if len(waiting) == reading.batch_size:
+        if len(waiting) == size:
             flush()
     if waiting:
         flush()
     rows = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]} if batches else {}
-    return rows, keys, dict(ledger.skipped)
+    reasons = Counter[str]()
+    for skip in skips:
+        reasons[kind_of(skip.reason)] += skip.count
+    examples = [f"{skip.key or skip.shard}: {skip.reason}" for skip in skips[:3]]
+    return rows, _Part(number=number, keys=keys, skipped=dict(reasons), examples=examples, resumed=False)
 
 
 def _decode(item: Item, reading: Reading) -> Tensor | str:
@@ -249,28 +271,28 @@ def _batch(waiting: list[tuple[Item, int, Tensor]], size: int, device: torch.dev
     }
 
 
-def _write_part(file: Path, rows: dict[str, Tensor], keys: list[str], skipped: dict[str, int]) -> None:
+def _write_part(file: Path, rows: dict[str, Tensor], part: _Part) -> None:
     """The file appears whole or not at all."""
     temporary = file.with_suffix(".tmp")
+    about = {name: json.dumps(getattr(part, name)) for name in ABOUT}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        contiguous = {name: tensor.contiguous() for name, tensor in rows.items()}
-        save_file(contiguous, temporary, metadata={"keys": json.dumps(keys), "skipped": json.dumps(skipped)})
+        save_file({name: tensor.contiguous() for name, tensor in rows.items()}, temporary, metadata=about)
         temporary.replace(file)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {file}: {error}; free disk space or choose another --out") from None
 
 
-def _read_part(file: Path) -> tuple[list[str], dict[str, int]] | None:
-    """Keys and skips of a finished part."""
+def _read_part(file: Path, number: int) -> _Part | None:
+    """What there is to say of a finished part; None when it is not there, or broken by a crash of the machine."""
     if not file.exists():
         return None
     try:
         with safe_open(file, framework="pt") as part:
-            about = part.metadata()
-            return json.loads(about["keys"]), json.loads(about["skipped"])
+            said = part.metadata()
+            return _Part(number=number, resumed=True, **{name: json.loads(said[name]) for name in ABOUT})
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-        return None  # from a crash of the machine: measured again
+        return None
 
 
 def _load(file: Path, names: tuple[str, ...]) -> dict[str, Tensor]:

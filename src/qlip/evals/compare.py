@@ -20,7 +20,17 @@ from qlip.core.log import console
 
 BLOCKING = (  # a card's keys that begin so, in the order in which they are named
     *("protocol", "preparation", "protocol_settings", "image_size", "antialias", "count", "complete"),
-    *("keys_sha256", "pixels_sha256", "reference", "feature_", "lpips_", "class_names_sha256", "num_classes"),
+    *(
+        "keys_sha256",
+        "pixels_sha256",
+        "reference",
+        "feature_",
+        "lpips_",
+        "class_names_sha256",
+        "labels_sha256",
+        "num_classes",
+        "split",
+    ),
     *("templates", "colour_templates", "captions_sha256", "num_captions", "ties", "scenes"),
     *("train_", "selection", "left_out"),
 )
@@ -202,9 +212,7 @@ def compare_results(a: Path, b: Path, *, force: bool = False) -> None:
     found = [Pair(a=x, b=y, differences=differences(x["card"], y["card"])) for x, y in pairs]
     blocking = dict.fromkeys(line for pair in found for line in pair.differences.blocking)
     if blocking and not force:
-        raise UserError(
-            f"{a} and {b} cannot be compared: {', '.join(blocking)}; evaluate both under one protocol, or give --force"
-        )
+        raise UserError(f"{a} and {b} cannot be compared: {', '.join(blocking)}; evaluate both alike, or give --force")
     console.print(_legend("A", a, found[0].a["card"]), markup=False)
     console.print(_legend("B", b, found[0].b["card"]), markup=False)
     for pair in found:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -22,6 +25,8 @@ from qlip.evals.collect import Reading
 from qlip.evals.networks import Networks
 from qlip.evals.protocols import Preparation, Protocol
 from qlip.models.measured import Ability, MeasuredModel
+
+WORK = {"parts": ".parts", "features": "features"}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -37,15 +42,19 @@ class EvalInput:
     max_samples: int = 0
     """Score the first so many items; 0 scores all."""
     batch_size: int = 100
-    """Pictures per forward pass."""
+    """Pictures per forward pass, at most a part's."""
     max_skip_share: float = 0.05
     """Stop when a larger share of the pictures cannot be used."""
     leave_out: tuple[str, ...] = ()
     """Metrics of the protocol that are not to be measured, said on the card."""
     networks: Networks = field(default_factory=lambda: Networks(None))
     """Where the weights of Inception and LPIPS are."""
+    split: str = ""
+    """Which split of a json or parquet folder `source` is, for the card."""
     folder: Path | None = None
-    """Work folder: finished parts to resume from, and cached features; None keeps all in memory."""
+    """Result folder, in which finished parts and features are kept; None keeps all in memory."""
+    work_folders: list[Path] = field(default_factory=list)
+    """Where this run has put parts so far; `clean_up` removes these and no others."""
     limits: ImageLimits = field(default_factory=ImageLimits)
     """Pictures beyond these are skipped."""
 
@@ -70,15 +79,37 @@ class EvalInput:
             limits=self.limits,
         )
 
-    def parts_folder(self, kind: str, **identity: Any) -> Path | None:
-        """Where parts of just this work are kept: a folder named by the sha256 of all that its rows depend on.
+    def work_folder(
+        self,
+        kind: Literal["parts", "features"],
+        *,
+        model: MeasuredModel,
+        device: torch.device,
+        source: Source,
+        max_samples: int,
+        **what: Any,
+    ) -> Path | None:
+        """Where rows of just this work are kept: a folder named by the sha256 of all that they depend on.
 
-        Versions of qlip, torch and Pillow are among it: features of an earlier installation are not taken up again.
+        That is the model with its config, the kind of device, the data, versions of qlip, torch and Pillow, and `what`
+        else. Parts serve to resume and go with `clean_up`, features stay for the next run.
         """
         if self.folder is None:
             return None
-        text = json.dumps(identity | {"versions": versions()}, sort_keys=True, default=str)
-        return self.folder / kind / hashlib.sha256(text.encode()).hexdigest()[:16]
+        known = {"device": device.type, "data": source.identity(), "versions": versions(), "max_samples": max_samples}
+        text = json.dumps(model.identity() | known | what, sort_keys=True, default=str)
+        folder = self.folder / WORK[kind] / hashlib.sha256(text.encode()).hexdigest()[:16]
+        if kind == "parts":
+            self.work_folders.append(folder)
+        return folder
+
+    def clean_up(self) -> None:
+        """Remove the parts that this run has used, once all is finished."""
+        for folder in self.work_folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        if self.folder is not None and (self.folder / WORK["parts"]).is_dir():
+            with suppress(OSError):  # another run's parts are still there
+                (self.folder / WORK["parts"]).rmdir()
 
 
 def known_count(data: EvalInput) -> int | None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qlip.evals.card import card_of, sha256_of_names
+from qlip.evals.card import card_of, sha256_in_order, sha256_of_names, sha256_of_truth
 from qlip.evals.inputs import EvalInput, require_ability
 from qlip.evals.probe_features import FeatureReader, num_overlapping
 from qlip.evals.protocols import KnnSettings, Protocol
@@ -72,13 +72,12 @@ class KnnEvaluator:
         self._card = card_of(
             self.protocol,
             model,
-            source=self.data.source,
+            data=self.data,
             collected=test.collected,
             size=reader.size,
             baseline="chance",
             device=device,
-            batch_size=self.data.batch_size,
-            seconds=time.monotonic() - started,
+            started=started,
         )
         assert self.data.train_source is not None
         self._card |= {
@@ -87,7 +86,9 @@ class KnnEvaluator:
             "train_keys_sha256": sha256_of_names(train.collected.keys),
             "train_overlap": num_overlapping(test, train),
             "num_classes": num_classes,
-            "class_names_sha256": sha256_of_names(reader.class_names),
+            "class_names_sha256": sha256_in_order(reader.class_names),
+            "labels_sha256": sha256_of_truth(test.collected.keys, truth.tolist()),
+            "train_labels_sha256": sha256_of_truth(train.collected.keys, labels.tolist()),
         }
         return figures
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qlip.core.errors import UserError
 from qlip.core.log import progress
-from qlip.evals.card import card_of, sha256_of_names
+from qlip.evals.card import card_of, sha256_in_order, sha256_of_names, sha256_of_truth
 from qlip.evals.inputs import EvalInput, require_ability
 from qlip.evals.probe_features import CENTRE, FeatureReader, ProbeFeatures, num_overlapping
 from qlip.evals.protocols import LinearProbeSettings, Position, Protocol
@@ -152,13 +152,12 @@ class LinearProbeEvaluator:
         self._card = card_of(
             self.protocol,
             model,
-            source=self.data.source,
+            data=self.data,
             collected=test.collected,
             size=reader.size,
             baseline="chance",
             device=device,
-            batch_size=self.data.batch_size,
-            seconds=time.monotonic() - started,
+            started=started,
         )
         assert self.data.train_source is not None
         self._card |= {
@@ -167,7 +166,9 @@ class LinearProbeEvaluator:
             "train_keys_sha256": sha256_of_names(train[0].collected.keys),
             "train_overlap": None if self.settings.train_views else num_overlapping(test, train[0]),
             "num_classes": num_classes,
-            "class_names_sha256": sha256_of_names(reader.class_names),
+            "class_names_sha256": sha256_in_order(reader.class_names),
+            "labels_sha256": sha256_of_truth(test.collected.keys, test_labels.tolist()),
+            "train_labels_sha256": sha256_of_truth(train[0].collected.keys, labels.tolist()),
             "selection": "none: the protocol's rate, the last epoch",
         }
         return figures

@@ -94,14 +94,16 @@ class FeatureReader:
         preparation = self.protocol.preparation
         prepare = None if view == CENTRE else partial(_random_view, self.size, seed, view)
         shape = self.settings.label == "shape"
-        folder = self.data.parts_folder(
+        folder = self.data.work_folder(
             "features",
-            **self.model.identity(),
+            model=self.model,
+            device=self.device,
+            source=source,
             preparation=preparation,
             size=self.size,
             label=self.settings.label,
             # remote shards are known by name and count, often alike in both splits: one must not stand for the other
-            data=("test" if source is self.data.source else "train", source.name, source.identity()),
+            role=("test" if source is self.data.source else "train", source.name),
             max_samples=max_samples,
             view=(view, seed) if view != CENTRE else "centre",
         )

@@ -135,6 +135,8 @@ class Protocol:
     """Pictures of the full data set; a result on fewer is marked as incomplete. 0 takes any number."""
     num_classes: int = 0
     """Classes that the data must have; 0 takes any number."""
+    split: str = ""
+    """Split that Karpathy's json must be read with; empty takes any."""
 
     @property
     def kind(self) -> Kind:
@@ -162,7 +164,7 @@ def _reconstruction(size: int, filter: str, *, count: int = IMAGENET_VAL) -> Pro
     )
 
 
-SCENES_PROBE = {"positions": ("cls", "mean", "cls+mean"), "label": "shape", "max_train_samples": 10_000}
+SCENES_TRAIN = 10_000
 ALL = (
     *(_reconstruction(size, filter) for size in (256, 392) for filter in ("bilinear", "bicubic", "lanczos", "adm")),
     *(_reconstruction(0, filter, count=0) for filter in ("bilinear", "bicubic", "lanczos", "adm")),
@@ -190,12 +192,14 @@ ALL = (
         summary="COCO Karpathy test, 5,000 pictures with five captions each: R@1, 5, 10 both ways.",
         settings=RetrievalSettings(),
         count=5000,
+        split="test",
     ),
     Protocol(
         name="flickr30k-retrieval-1k-v1",
         summary="Flickr30k Karpathy test, 1,000 pictures with five captions each: R@1, 5, 10 both ways.",
         settings=RetrievalSettings(),
         count=1000,
+        split="test",
     ),
     Protocol(
         name="images-retrieval-v1",
@@ -206,6 +210,13 @@ ALL = (
         name="imagenet-linear-table11-v1",
         summary="Table 11: linear classifier on frozen features, 10 epochs of random crops and flips.",
         settings=LinearProbeSettings(),
+        count=IMAGENET_VAL,
+        num_classes=IMAGENET_CLASSES,
+    ),
+    Protocol(
+        name="imagenet-linear-table11-bsqvit-v1",
+        summary="Table 11 as it is for BSQ-ViT: peak rate 1.0, 20 epochs.",
+        settings=LinearProbeSettings(lr=1.0, epochs=20, train_views=20),
         count=IMAGENET_VAL,
         num_classes=IMAGENET_CLASSES,
     ),
@@ -251,12 +262,14 @@ ALL = (
     Protocol(
         name="scenes-linear-v1",
         summary="The shape of the only object of a scene, linear classifier on centre crops.",
-        settings=LinearProbeSettings(**SCENES_PROBE, train_views=0, batch_size=256, lr=0.02),  # type: ignore[arg-type]
+        settings=LinearProbeSettings(
+            label="shape", max_train_samples=SCENES_TRAIN, train_views=0, batch_size=256, lr=0.02
+        ),
     ),
     Protocol(
         name="scenes-knn20-v1",
         summary="The shape of the only object of a scene, 20 nearest neighbours.",
-        settings=KnnSettings(**SCENES_PROBE),  # type: ignore[arg-type]
+        settings=KnnSettings(positions=("cls", "mean", "cls+mean"), label="shape", max_train_samples=SCENES_TRAIN),
     ),
 )
 PROTOCOLS = {protocol.name: protocol for protocol in ALL}

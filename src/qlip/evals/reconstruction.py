@@ -18,9 +18,10 @@ from torch import Tensor
 from qlip.core import distributed
 from qlip.core.errors import UserError
 from qlip.core.log import console
-from qlip.evals.card import card_of, sha256_of_names
+from qlip.data.items import Source
+from qlip.evals.card import card_of, sha256_of_names, sha256_of_pixels
 from qlip.evals.code_use import code_use
-from qlip.evals.collect import Batch, Collected, Measure, collect, read_again
+from qlip.evals.collect import PIXEL_DIGEST, Batch, Collected, Measure, collect, read_again
 from qlip.evals.inputs import EvalInput, known_count, picture_side, require_ability
 from qlip.evals.per_image import PerImage, write_per_image, write_worst
 from qlip.evals.picture_metrics import PictureMetrics
@@ -55,7 +56,9 @@ class ReconstructionEvaluator:
         started = time.monotonic()
         require_ability(model, "reconstruct", self.protocol)
         size = picture_side(model, self.protocol)
-        self._refuse_few(known_count(self.data))
+        self._refuse_few(known_count(self.data), source=self.data.source)
+        if self.data.reference is not None:
+            self._refuse_few(self.data.reference.num_items, source=self.data.reference)
         self._refuse_small(size)
         metrics = distributed.on_all_ranks(
             lambda: PictureMetrics(self.wanted, networks=self.data.networks, model=model, device=device)
@@ -65,9 +68,16 @@ class ReconstructionEvaluator:
             self._measure(model, metrics),
             title=self.protocol.name,
             device=device,
-            folder=self.data.parts_folder("parts", **self._identity(model, metrics, self.data.source.identity())),
+            folder=self.data.work_folder(
+                "parts",
+                model=model,
+                device=device,
+                source=self.data.source,
+                max_samples=self.data.max_samples,
+                **self._identity(metrics),
+            ),
         )
-        self._refuse_few(len(collected.keys))
+        self._refuse_few(len(collected.keys), source=self.data.source)
         figures = self._figures(model, collected, metrics)
         reference = self._reference(collected, metrics, model, size, device)
         figures |= metrics.distances(reference, collected)
@@ -76,13 +86,12 @@ class ReconstructionEvaluator:
         self._card = card_of(
             self.protocol,
             model,
-            source=self.data.source,
+            data=self.data,
             collected=collected,
             size=size,
             baseline="the mean picture of the same samples" if self.settings.mean_picture else "",
             device=device,
-            batch_size=self.data.batch_size,
-            seconds=time.monotonic() - started,
+            started=started,
         )
         self._card |= {"left_out": sorted(set(self.settings.metrics) - set(self.wanted)), **metrics.card()}
         if reference is not collected:
@@ -90,7 +99,9 @@ class ReconstructionEvaluator:
             self._card |= {
                 "reference": self.data.reference.name,
                 "reference_keys_sha256": sha256_of_names(reference.keys),
+                "reference_pixels_sha256": sha256_of_pixels(reference.rows(PIXEL_DIGEST)[PIXEL_DIGEST]),
                 "reference_count": len(reference.keys),
+                "reference_skipped": reference.skipped.total(),
             }
         else:
             self._card["reference"] = "the originals, prepared alike"
@@ -118,15 +129,15 @@ class ReconstructionEvaluator:
         scaled = unit_pixels.float().clamp(0, 1) * 255
         return (scaled if self.settings.rounding == "truncate" else scaled.round()).to(torch.uint8)
 
-    def _refuse_few(self, count: int | None) -> None:
+    def _refuse_few(self, count: int | None, *, source: Source) -> None:
         """Raise `UserError` when there are too few pictures for what is to be measured; None is not known yet."""
         if count is None:
             return
         if count < 2:
-            raise UserError(f"{self.data.source.name}: {count} picture; reconstruction is measured on at least 2")
+            raise UserError(f"{source.name}: {count} picture; reconstruction is measured on at least 2")
         if "rfid" in self.wanted and count < LEAST_FOR_FID:
             raise UserError(
-                f"{self.protocol.name}: rFID of {count} pictures has no meaning, its covariance has {LEAST_FOR_FID} "
+                f"{source.name}: rFID of {count} pictures has no meaning, its covariance has {LEAST_FOR_FID} "
                 f"dimensions; give at least {LEAST_FOR_FID} pictures, or --leave-out rfid"
             )
 
@@ -139,16 +150,9 @@ class ReconstructionEvaluator:
                     f"{size}; use a larger size" + (f" or --leave-out {name}" if name.startswith("lpips") else "")
                 )
 
-    def _identity(self, model: MeasuredModel, metrics: PictureMetrics, data: str) -> dict[str, Any]:
-        """All that the rows of this evaluation depend on."""
-        return {
-            **self.protocol.card(),
-            **metrics.card(),
-            **model.identity(),
-            "wanted": self.wanted,
-            "data": data,
-            "max_samples": self.data.max_samples,
-        }
+    def _identity(self, metrics: PictureMetrics) -> dict[str, Any]:
+        """What the rows of this evaluation depend on besides model and data."""
+        return {**self.protocol.card(), **metrics.card(), "wanted": self.wanted}
 
     def _measure(self, model: MeasuredModel, metrics: PictureMetrics) -> Measure:
         def measure(batch: Batch) -> dict[str, Tensor]:
@@ -191,13 +195,23 @@ class ReconstructionEvaluator:
         if self.data.reference is None or not metrics.frechet:
             return collected
         source = self.data.reference
-        return collect(
+        found = collect(
             self.data.reading(source, preparation=self.protocol.preparation, size=size, max_samples=0),
             lambda batch: metrics.features(batch["pictures"], "original"),
             title=f"{self.protocol.name} reference",
             device=device,
-            folder=self.data.parts_folder("reference", **self._identity(model, metrics, source.identity())),
+            folder=self.data.work_folder(
+                "parts",
+                model=model,
+                device=device,
+                source=source,
+                max_samples=0,
+                role="reference",
+                **self._identity(metrics),
+            ),
         )
+        self._refuse_few(len(found.keys), source=source)
+        return found
 
     def _mean_picture_figures(
         self, metrics: PictureMetrics, collected: Collected, device: torch.device

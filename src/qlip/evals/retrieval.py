@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qlip.core.errors import UserError
 from qlip.data.items import Item
-from qlip.evals.card import card_of, sha256_of_names
+from qlip.evals.card import card_of, sha256_of_truth
 from qlip.evals.collect import collect
 from qlip.evals.inputs import EvalInput, picture_side, require_ability
 from qlip.evals.protocols import Protocol, RetrievalSettings
@@ -62,6 +62,9 @@ class RetrievalEvaluator:
         started = time.monotonic()
         require_ability(model, "match_text", self.protocol)
         size = picture_side(model, self.protocol)
+        if self.protocol.split and self.data.split not in ("", self.protocol.split):
+            wanted = self.protocol.split
+            raise UserError(f"{self.protocol.name} is of the {wanted} split: leave out --split {self.data.split}")
         captions: dict[str, tuple[str, ...]] = {}
 
         def captioned(item: Item) -> bool:
@@ -73,12 +76,13 @@ class RetrievalEvaluator:
             lambda batch: {"embeds": model.image_embeds(batch["pictures"])},
             title=self.protocol.name,
             device=device,
-            folder=self.data.parts_folder(
+            folder=self.data.work_folder(
                 "parts",
-                **self.protocol.card(),
-                **model.identity(),
-                data=self.data.source.identity(),
+                model=model,
+                device=device,
+                source=self.data.source,
                 max_samples=self.data.max_samples,
+                **self.protocol.card(),
             ),
         )
         images = collected.rows("embeds")["embeds"]
@@ -89,17 +93,16 @@ class RetrievalEvaluator:
         self._card = card_of(
             self.protocol,
             model,
-            source=self.data.source,
+            data=self.data,
             collected=collected,
             size=size,
             baseline="chance",
             device=device,
-            batch_size=self.data.batch_size,
-            seconds=time.monotonic() - started,
+            started=started,
         )
         self._card |= {
             "num_captions": len(texts),
-            "captions_sha256": sha256_of_names(texts),
+            "captions_sha256": sha256_of_truth(collected.keys, (captions[key] for key in collected.keys)),
             "ties": "against the model",
         }
         return self._figures(images, embeds)
@@ -113,7 +116,7 @@ class RetrievalEvaluator:
         if len(item.captions) < wanted:
             raise UserError(
                 f"{self.data.source.name}: {item.key} has {len(item.captions)} captions, {self.protocol.name} takes "
-                f"{wanted}; give captioned pictures, or images-retrieval-v1 for one caption each"
+                f"{wanted}: give pictures that have as many" + ("; images-retrieval-v1 takes one" if wanted > 1 else "")
             )
         return item.captions[:wanted]
 

@@ -1,9 +1,9 @@
 """Run protocols by name on a model: figures beside their baselines, written with their cards, resumed when stopped.
 
-OUT/results.json            every finished protocol; replaced whole after each
+OUT/results.json            every finished protocol of the model, earlier ones too; replaced whole after each
 OUT/<protocol>.csv          a row per picture, for reconstructions
 OUT/<protocol>_worst.png    the twenty pictures of the lowest PSNR
-OUT/parts  OUT/reference    what a stopped evaluation goes on from; gone when all is finished
+OUT/.parts                  what a stopped evaluation goes on from; its own go when all is finished
 OUT/features                what probes learn from, kept for the next run
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -28,11 +27,13 @@ from qlip.core.log import console
 from qlip.data.sources import open_source
 from qlip.engine.parallel import pick_device
 from qlip.evals import protocols
+from qlip.evals.compare import read_results
 from qlip.evals.inputs import EvalInput
 from qlip.evals.knn import KnnEvaluator
 from qlip.evals.linear_probe import LinearProbeEvaluator
 from qlip.evals.networks import Networks
-from qlip.evals.protocols import find_protocol
+from qlip.evals.picture_metrics import FRECHET
+from qlip.evals.protocols import ReconstructionSettings, find_protocol
 from qlip.evals.reconstruction import ReconstructionEvaluator
 from qlip.evals.retrieval import RetrievalEvaluator
 from qlip.evals.scene_zero_shot import SceneZeroShotEvaluator
@@ -88,11 +89,32 @@ class EvalRequest:
     folder: Path | None = None
     """Work and result folder; None keeps all in memory and writes nothing."""
 
+    def _refuse_misplaced(self) -> None:
+        """Raise `UserError` for a result folder inside the pictures, and one that cannot be written."""
+        if self.folder is None:
+            return
+        place = self.folder.expanduser().resolve()
+        for data in (self.data, self.train_data, self.reference):
+            if data and Path(data).is_dir() and place.is_relative_to(Path(data).resolve()):
+                raise UserError(f"--out {self.folder} lies in {data}, whose pictures it would join: choose another")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe = self.folder / ".write_test"
+            probe.write_bytes(b"")
+            probe.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write to {self.folder}: {error.strerror}; choose another --out") from None
+
     def open(self) -> EvalInput:
         """The data behind the words. Raises `UserError` for impossible numbers, names and missing data."""
         for name, least in (("max_samples", 0), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}: give at least {least}")
+        if not self.evals:
+            raise UserError("no protocol to measure: add --evals NAME (`qlip eval protocols` lists them)")
+        if len(set(self.evals)) < len(self.evals):
+            raise UserError(f"--evals {' '.join(self.evals)}: a protocol stands there twice; leave one out")
+        self._refuse_misplaced()
         for name in self.leave_out:
             if name not in LEFT_OUT:
                 raise UserError(f"--leave-out {name}: only {', '.join(LEFT_OUT)} can be left out")
@@ -101,13 +123,31 @@ class EvalRequest:
         return EvalInput(
             source=open_source(self.data, images=self.images, split=self.split, labels=self.labels),
             train_source=open_source(self.train_data, split="train", labels=self.labels) if self.train_data else None,
-            reference=open_source(self.reference) if self.reference else None,
+            reference=open_source(self.reference, images=self.images, split=self.split) if self.reference else None,
+            split=self.split,
             max_samples=self.max_samples,
             batch_size=self.batch_size,
             leave_out=self.leave_out,
             networks=Networks(self.networks),
             folder=self.folder,
         )
+
+
+def warn_of_unused(request: EvalRequest) -> None:
+    """Say which options have no effect on the protocols that were asked for."""
+    asked = [find_protocol(name) for name in request.evals]
+    metrics = {metric for p in asked if isinstance(p.settings, ReconstructionSettings) for metric in p.settings.metrics}
+    measured = metrics - set(request.leave_out)
+    unused = {
+        "--reference": request.reference and not measured & set(FRECHET),
+        "--train-data": request.train_data and not any(p.kind in ("linear_probe", "knn") for p in asked),
+        "--networks": request.networks and not measured & set(LEFT_OUT),
+        "--labels": request.labels and not any(p.kind in ("zero_shot", "linear_probe", "knn") for p in asked),
+    }
+    unused |= {f"--leave-out {name}": name not in metrics for name in request.leave_out}
+    for option, idle in unused.items():
+        if idle:
+            console.print(f"{option} has no effect on {', '.join(request.evals)}")
 
 
 def result_folder(model: str | Path, *, root: str = "runs/eval") -> Path:
@@ -137,8 +177,7 @@ def run_evals(model: Path | str, request: EvalRequest, *, device: str = "auto") 
     Under torchrun all processes call it and share the pictures. Raises `UserError` for an unknown protocol, a folder
     that is no model, data that are not there, and as the evaluations do.
     """
-    for name in request.evals:
-        find_protocol(name)
+    warn_of_unused(request)
     place = pick_device(device)
     distributed.start(device_type=place.type)
     data, measured = distributed.on_all_ranks(lambda: (request.open(), open_measured(model)))
@@ -150,25 +189,39 @@ def run_evals(model: Path | str, request: EvalRequest, *, device: str = "auto") 
         card = {"model": str(model), **evaluator.card()}
         kind = find_protocol(name).kind
         results.append({"eval": kind, "figures": figures, "details": evaluator.details, "card": card})
-        distributed.on_first_rank(partial(_write, request.folder, results, evaluator, measured, place))
-    if request.folder is not None and distributed.rank() == 0:
-        for parts in ("parts", "reference"):
-            shutil.rmtree(request.folder / parts, ignore_errors=True)
+        if request.folder is not None:
+            distributed.on_first_rank(partial(_write, request.folder, results, evaluator, measured, place))
+    distributed.on_first_rank(data.clean_up)
     return results
 
 
 def _write(
-    folder: Path | None,
+    folder: Path,
     results: list[dict[str, Any]],
     evaluator: MeasuredEvaluator,
     model: MeasuredModel,
     device: torch.device,
 ) -> None:
-    """All results so far, and what the last evaluation has to look at."""
-    if folder is not None:
-        write_results(folder / "results.json", results)
-        if isinstance(evaluator, ReconstructionEvaluator):
-            evaluator.write_looks(folder, model, device)
+    """All results so far beside earlier ones of the same model, and what the last evaluation has to look at."""
+    path = folder / "results.json"
+    write_results(path, [*_earlier(path, results), *results])
+    if isinstance(evaluator, ReconstructionEvaluator):
+        evaluator.write_looks(folder, model, device)
+
+
+def _earlier(path: Path, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the file holds of this model under other protocols; nothing of another model or of a broken file."""
+    try:
+        found = read_results(path) if path.exists() else []
+    except UserError:
+        found = []
+    protocols_now = {result["card"]["protocol"] for result in results}
+    model = results[0]["card"]["model_fingerprint"]
+    return [
+        result
+        for result in found
+        if result["card"].get("model_fingerprint") == model and result["card"].get("protocol") not in protocols_now
+    ]
 
 
 class TrainingEvaluator:
@@ -193,7 +246,7 @@ def print_results(results: list[dict[str, Any]]) -> None:
     """A table per evaluation: figure, value, baseline."""
     for result in results:
         card = result["card"]
-        part = "" if card.get("complete", True) else ", NOT the full set"
+        part = "" if card.get("complete", True) else ", not the full set"
         title = f"{card['protocol']}  ({card['count']} samples of {card['data']}{part})"
         table = Table(title=title, title_justify="left")
         table.add_column("figure")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qlip.data.scenes import COLOUR_NAMES, HELD_OUT_PAIRS, SHAPE_NAMES
-from qlip.evals.card import card_of, sha256_of_names
+from qlip.evals.card import card_of, sha256_in_order, sha256_of_names, sha256_of_truth
 from qlip.evals.collect import Batch, collect
 from qlip.evals.inputs import EvalInput, holds_one_object, objects_of_scene, picture_side, require_ability
 from qlip.evals.protocols import Protocol
@@ -46,12 +46,13 @@ class SceneZeroShotEvaluator:
             lambda batch: {"embeds": model.image_embeds(batch["pictures"]), **_truth(batch)},
             title=self.protocol.name,
             device=device,
-            folder=self.data.parts_folder(
+            folder=self.data.work_folder(
                 "parts",
-                **self.protocol.card(),
-                **model.identity(),
-                data=self.data.source.identity(),
+                model=model,
+                device=device,
+                source=self.data.source,
                 max_samples=self.data.max_samples,
+                **self.protocol.card(),
             ),
         )
         rows = collected.rows("embeds", "colour", "shape")
@@ -68,18 +69,18 @@ class SceneZeroShotEvaluator:
         self._card = card_of(
             self.protocol,
             model,
-            source=self.data.source,
+            data=self.data,
             collected=collected,
             size=size,
             baseline="chance",
             device=device,
-            batch_size=self.data.batch_size,
-            seconds=time.monotonic() - started,
+            started=started,
         )
         self._card |= {
             "scenes": "exactly one object",
             "num_classes": len(PAIRS),
-            "class_names_sha256": sha256_of_names(PAIRS),
+            "class_names_sha256": sha256_in_order(PAIRS),
+            "labels_sha256": sha256_of_truth(collected.keys, (colour * len(SHAPE_NAMES) + shape).tolist()),
             "templates": list(TEMPLATES),
             "colour_templates": list(COLOUR_TEMPLATES),
             "templates_sha256": sha256_of_names((*TEMPLATES, *COLOUR_TEMPLATES)),

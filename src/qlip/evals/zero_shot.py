@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qlip.core.errors import UserError
 from qlip.data.sources import require_classes
-from qlip.evals.card import card_of, sha256_of_names
+from qlip.evals.card import card_of, sha256_in_order, sha256_of_names, sha256_of_truth
 from qlip.evals.collect import Batch, collect
 from qlip.evals.inputs import EvalInput, picture_side, require_ability
 from qlip.evals.protocols import Protocol, ZeroShotSettings
@@ -76,12 +76,13 @@ class ZeroShotEvaluator:
             lambda batch: {"embeds": model.image_embeds(batch["pictures"]), "labels": _labels(batch)},
             title=self.protocol.name,
             device=device,
-            folder=self.data.parts_folder(
+            folder=self.data.work_folder(
                 "parts",
-                **self.protocol.card(),
-                **model.identity(),
-                data=self.data.source.identity(),
+                model=model,
+                device=device,
+                source=self.data.source,
                 max_samples=self.data.max_samples,
+                **self.protocol.card(),
             ),
         )
         rows = collected.rows("embeds", "labels")
@@ -93,18 +94,18 @@ class ZeroShotEvaluator:
         self._card = card_of(
             self.protocol,
             model,
-            source=self.data.source,
+            data=self.data,
             collected=collected,
             size=size,
             baseline="chance",
             device=device,
-            batch_size=self.data.batch_size,
-            seconds=time.monotonic() - started,
+            started=started,
         )
         self._card |= {
             "num_classes": len(names),
             "num_classes_present": len(present),
-            "class_names_sha256": sha256_of_names(names),
+            "class_names_sha256": sha256_in_order(names),
+            "labels_sha256": sha256_of_truth(collected.keys, labels.tolist()),
             "num_templates": len(templates),
             "templates_sha256": sha256_of_names([template("{}") for template in templates]),
         }

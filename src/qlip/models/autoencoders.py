@@ -18,7 +18,7 @@ from torch.nn.functional import normalize
 
 from qlip.core.errors import UserError
 from qlip.models.baselines import MINUS_ONE_TO_ONE, identity_of, read_config, whole_model
-from qlip.models.measured import Ability, Reconstructed
+from qlip.models.measured import Ability, Reconstructed, sha256_of_json
 from qlip.models.qlip.pretrained import one_line
 from qlip.models.qlip.weight_files import read_headers, shown
 from qlip.quantizers.ids import ids_to_bits
@@ -56,6 +56,8 @@ class MeasuredAutoencoder:
         self.abilities: frozenset[Ability] = frozenset(("reconstruct",))
         parts = {"encoder": ("encoder", "quant_conv"), "decoder": ("decoder", "post_quant_conv")}
         self._identity = identity_of(model, source_family=source_family, parts=parts | {"quantizer": ("quantize",)})
+        config = {name: value for name, value in model.config.items() if not name.startswith("_")}
+        self._identity |= {"config_sha256": sha256_of_json(config), "unit_codes": unit_codes}
         self._identity |= facts or {}
         self.num_bits = 0
         if hasattr(model, "quantize"):

@@ -5,11 +5,15 @@ Shapes: `b` pictures, `S` their side, `t` texts, `e` width of embeddings, `d` of
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from qlip.core import pixels
 from qlip.models.qlip.fingerprint import encoder_fingerprint, model_fingerprint
@@ -17,6 +21,8 @@ from qlip.models.qlip.modeling import QLIPModel, unit_norm
 from qlip.models.qlip.processing import QLIPProcessor
 from qlip.models.qlip.tokenizer import text_tokenizer
 
+NOT_THE_MODEL = ("transformers_version", "dtype", "_name_or_path", "architectures")
+PROBE_TEXTS = ("a photo of a cat", "Zwölf Boxkämpfer, 12.5 %!", "it's <|endoftext|> \N{SNOWMAN}")
 Ability = Literal["reconstruct", "match_text", "features"]
 
 
@@ -68,6 +74,22 @@ class MeasuredModel(Protocol):
         """(b, 3, S, S) uint8 -> `cls` and `mean`, (b, d) float32 each: for probes."""
 
 
+def sha256_of_json(value: Any) -> str:
+    """sha256 over canonical JSON: of configs, scales and token ids."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def sha256_of_config(config: PreTrainedConfig) -> str:
+    """sha256 over what a transformers config says of the model, without versions and dtype."""
+    said = config.to_dict()
+    return sha256_of_json({name: value for name, value in said.items() if name not in NOT_THE_MODEL})
+
+
+def sha256_of_tokens(tokenize: Callable[[list[str]], dict[str, Tensor]]) -> str:
+    """sha256 over the ids of a few texts with capitals, accents, numbers and marks: tells tokenizers apart."""
+    return sha256_of_json([tokenize([text])["input_ids"].tolist() for text in PROBE_TEXTS])
+
+
 class MeasuredQLIP:
     """QLIP, BSQ-ViT and CLIP trained by us, and the released checkpoints.
 
@@ -91,6 +113,8 @@ class MeasuredQLIP:
         return {
             "model_fingerprint": model_fingerprint(self.model),
             "encoder_fingerprint": encoder_fingerprint(self.model),
+            "config_sha256": sha256_of_config(self.model.config),
+            "tokens_sha256": sha256_of_tokens(self.tokenize),
             "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
             "parameters": self._num_parameters(),
         }

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase, Sigl
 
 from qlip.core.errors import UserError
 from qlip.models.baselines import DOWNLOAD_AGAIN, PixelScale, identity_of, read_config, read_json, whole_model
-from qlip.models.measured import Ability, Reconstructed
+from qlip.models.measured import Ability, Reconstructed, sha256_of_config, sha256_of_tokens
 from qlip.models.qlip.loading import quiet_transformers
 from qlip.models.qlip.modeling import unit_norm
 from qlip.models.qlip.pretrained import one_line
@@ -48,6 +48,11 @@ class MeasuredTwoTowers:
         self._first_patch = 1 if isinstance(model, CLIPModel) else 0
         parts = {"encoder": ("vision_model",), "text": ("text_model",)}
         self._identity = identity_of(model, source_family="transformers", parts=parts)
+        self._identity |= {
+            "config_sha256": sha256_of_config(model.config),
+            "pixel_scale": [list(scale.mean), list(scale.std)],
+            "tokens_sha256": sha256_of_tokens(tokenize),
+        }
 
     def identity(self) -> dict[str, Any]:
         """Fingerprint of all weights, dtype, sizes, and the library that the model comes from."""

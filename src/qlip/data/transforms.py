@@ -28,11 +28,6 @@ ASPECT_RATIOS = (3 / 4, 4 / 3)  # width over height of random crops, torchvision
 CROP_TRIES = 10  # torchvision's, then the centre
 
 
-def to_tensor(image: Image.Image) -> Tensor:
-    """RGB picture -> (3, h, w) CLIP-normalised float32."""
-    return from_uint8(_pixels(image)).contiguous()
-
-
 def prepared_pixels(image: Image.Image, *, size: int, filter: str = "bicubic", crop: str = "centre") -> Tensor:
     """RGB picture -> (3, S, S) uint8: shortest side to `size` and the centre square, or `squash` both sides to it.
 

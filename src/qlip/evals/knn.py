@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qlip.evals.card import card_of, sha256_in_order, sha256_of_names, sha256_of_truth
+from qlip.evals.card import card_of
 from qlip.evals.inputs import EvalInput, require_ability
-from qlip.evals.probe_features import FeatureReader, num_overlapping
+from qlip.evals.probe_features import FeatureReader
 from qlip.evals.protocols import KnnSettings, Protocol
 from qlip.evals.zero_shot import share
 from qlip.models.measured import MeasuredModel
@@ -79,17 +79,7 @@ class KnnEvaluator:
             device=device,
             started=started,
         )
-        assert self.data.train_source is not None
-        self._card |= {
-            "train_data": self.data.train_source.name,
-            "train_count": len(train.collected.keys),
-            "train_keys_sha256": sha256_of_names(train.collected.keys),
-            "train_overlap": num_overlapping(test, train),
-            "num_classes": num_classes,
-            "class_names_sha256": sha256_in_order(reader.class_names),
-            "labels_sha256": sha256_of_truth(test.collected.keys, truth.tolist()),
-            "train_labels_sha256": sha256_of_truth(train.collected.keys, labels.tolist()),
-        }
+        self._card |= reader.card(test, train, labels=labels, same_view=True)
         return figures
 
     def card(self) -> dict[str, Any]:

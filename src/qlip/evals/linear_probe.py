@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from qlip.core.errors import UserError
 from qlip.core.log import progress
-from qlip.evals.card import card_of, sha256_in_order, sha256_of_names, sha256_of_truth
+from qlip.evals.card import card_of
 from qlip.evals.inputs import EvalInput, require_ability
-from qlip.evals.probe_features import CENTRE, FeatureReader, ProbeFeatures, num_overlapping
+from qlip.evals.probe_features import CENTRE, FeatureReader, ProbeFeatures
 from qlip.evals.protocols import LinearProbeSettings, Position, Protocol
 from qlip.evals.zero_shot import share, topk_hits
 from qlip.models.measured import MeasuredModel
@@ -159,18 +159,9 @@ class LinearProbeEvaluator:
             device=device,
             started=started,
         )
-        assert self.data.train_source is not None
-        self._card |= {
-            "train_data": self.data.train_source.name,
-            "train_count": len(train[0].collected.keys),
-            "train_keys_sha256": sha256_of_names(train[0].collected.keys),
-            "train_overlap": None if self.settings.train_views else num_overlapping(test, train[0]),
-            "num_classes": num_classes,
-            "class_names_sha256": sha256_in_order(reader.class_names),
-            "labels_sha256": sha256_of_truth(test.collected.keys, test_labels.tolist()),
-            "train_labels_sha256": sha256_of_truth(train[0].collected.keys, labels.tolist()),
-            "selection": "none: the protocol's rate, the last epoch",
-        }
+        same_view = not self.settings.train_views
+        self._card |= reader.card(test, train[0], labels=labels, same_view=same_view)
+        self._card["selection"] = "none: the protocol's rate, the last epoch"
         return figures
 
     def card(self) -> dict[str, Any]:

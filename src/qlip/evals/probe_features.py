@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from PIL import Image
@@ -21,6 +22,7 @@ from qlip.data.scenes import SHAPE_NAMES
 from qlip.data.shards import seeded_random
 from qlip.data.sources import require_classes
 from qlip.data.transforms import random_resized_pixels
+from qlip.evals.card import sha256_in_order, sha256_of_names, sha256_of_truth
 from qlip.evals.collect import PIXEL_DIGEST, Batch, Collected, collect
 from qlip.evals.inputs import EvalInput, holds_one_object, objects_of_scene, picture_side
 from qlip.evals.protocols import KnnSettings, LinearProbeSettings, Position, Protocol
@@ -89,6 +91,23 @@ class FeatureReader:
         return self._read(
             self.data.train_source, view=view, max_samples=self.settings.max_train_samples, title=title, seed=seed
         )
+
+    def card(self, test: ProbeFeatures, train: ProbeFeatures, *, labels: Tensor, same_view: bool) -> dict[str, Any]:
+        """What a probe's card says besides `card_of`; `labels` are those of `train`.
+
+        Only pictures that were prepared alike (`same_view`) can be found again among the training pictures.
+        """
+        assert self.data.train_source is not None
+        return {
+            "train_data": self.data.train_source.name,
+            "train_count": len(train.collected.keys),
+            "train_keys_sha256": sha256_of_names(train.collected.keys),
+            "train_labels_sha256": sha256_of_truth(train.collected.keys, labels.tolist()),
+            "train_overlap": num_overlapping(test, train) if same_view else None,
+            "num_classes": len(self.class_names),
+            "class_names_sha256": sha256_in_order(self.class_names),
+            "labels_sha256": sha256_of_truth(test.collected.keys, test.labels().tolist()),
+        }
 
     def _read(self, source: Source, *, view: int, max_samples: int, title: str, seed: int = 0) -> ProbeFeatures:
         preparation = self.protocol.preparation

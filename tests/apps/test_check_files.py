@@ -37,7 +37,7 @@ def test_files_that_are_there_make_it_ready(tmp_path, capsys):
     ("recipe", "words", "said"),
     [
         ("scenes_tiny", ("--data.train", "nowhere/{00..01}.tar"), "shard nowhere/00.tar is not there (2 of 2 missing)"),
-        ("scenes_tiny", ("--evals.data", "nowhere.tar"), "shard nowhere.tar is not there"),
+        ("scenes_tiny", ("--evals.data", "nowhere.tar"), "nowhere.tar is not there"),
         ("scenes_tiny", ("--trainer.eval-every", "5"), "trainer.eval_every has nothing to measure: add --evals.data"),
         ("scenes_tiny", ("--data.global-batch-size", "12"), "is not a multiple of 2 processes x data.batch_size 8"),
         ("scenes_tiny", ("--trainer.parallel", "none"), "trainer.parallel is none with 2 GPUs: take"),

@@ -92,7 +92,7 @@ def test_bad_data_in_worker_processes_are_one_line(qlip, tmp_path):
         ({"model__image_size": "17"}, "image_size 17 is not a multiple of patch_size 8"),
         ({"model__num_bits": "0"}, "num_bits must be at least 1"),
         ({"trainer__steps": "0"}, "trainer.steps is 0"),
-        ({"evals__max_samples": "0", "evals__data": "nowhere"}, "max_samples is 0"),
+        ({"evals__max_samples": "-1", "evals__data": "nowhere"}, "max_samples is -1"),
         ({"trainer__device": "tpu:9"}, "tpu:9"),
     ],
 )

@@ -101,4 +101,4 @@ def test_mistakes_are_one_line(qlip, model_folder, photos, tmp_path):
     save_model(QLIPModel(config), folder=plain, processor=QLIPProcessor.for_size(16), step=None)
     assert "has no quantizer, so it makes no bits" in qlip.refused("verify", plain, picture, *FAST)
     occupied = photos / "broken.jpg" / "x.json"
-    assert "choose another --json file" in qlip.refused("verify", model_folder, picture, *FAST, "--json", occupied)
+    assert "choose another file" in qlip.refused("verify", model_folder, picture, *FAST, "--json", occupied)

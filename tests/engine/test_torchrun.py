@@ -53,12 +53,14 @@ def test_a_rank_killed_under_torchrun_leads_to_the_same_weights(tmp_path):
         *("train", "scenes_tiny", "--data.train", data, "--out", str(run), "--model.image-size", "16", *CLI_SIZES),
         *("--model.initializer-range", "0.02", "--data.batch-size", "4", "--data.global-batch-size", "16"),
         *("--data.shuffle-buffer", "16", "--trainer.steps", "16", "--trainer.log-every", "1"),
-        *("--trainer.save-every", "7", "--trainer.device", "cpu", "--trainer.precision", "fp32"),
+        *("--trainer.save-every", "3", "--trainer.device", "cpu", "--trainer.precision", "fp32"),
         *("--trainer.parallel", "fsdp", "--trainer.ema-decay", "0.9", "--trainer.async-save"),
     ]
     done = torchrun(DIES_ONCE, *options, restarts=1)
     assert done.returncode == 0, done.stderr
-    assert "exitcode: -9" in done.stderr and f"resuming {run} at step 7" in done.stdout
+    assert "exitcode: -9" in done.stderr
+    # the save of step 6 waits for that of step 3, but may itself be cut off in the background
+    assert any(f"resuming {run} at step {step}" in done.stdout for step in (3, 6)), done.stdout
     assert_same_runs(run, tmp_path / "straight")
     assert len(read_metrics(run / "metrics.jsonl")) == 16  # one line per step, by one rank
 

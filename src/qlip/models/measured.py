@@ -99,8 +99,9 @@ class MeasuredQLIP:
     name = "QLIPModel"
 
     def __init__(self, model: QLIPModel, processor: QLIPProcessor) -> None:
-        """`processor` gives the text side."""
+        """`processor` gives the text side. The weights must stay as they are from the first `identity` on."""
         self.model = model
+        self._identity: dict[str, Any] = {}
         self.tokenize = text_tokenizer(processor.tokenizer)
         vision = model.config.vision_config
         self.image_size, self.patch_size = vision.image_size, vision.patch_size
@@ -109,8 +110,8 @@ class MeasuredQLIP:
         self.bits_per_token = float(self.num_bits) if self.num_bits else None
 
     def identity(self) -> dict[str, Any]:
-        """Fingerprints of the whole model and of what makes bits."""
-        return {
+        """Fingerprints of the whole model and of what makes bits, computed once: they read all weights."""
+        self._identity = self._identity or {
             "model_fingerprint": model_fingerprint(self.model),
             "encoder_fingerprint": encoder_fingerprint(self.model),
             "config_sha256": sha256_of_config(self.model.config),
@@ -118,6 +119,7 @@ class MeasuredQLIP:
             "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
             "parameters": self._num_parameters(),
         }
+        return dict(self._identity)
 
     def _num_parameters(self) -> dict[str, int]:
         """The paper's E + G + Q, and the text tower."""

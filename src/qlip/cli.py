@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from qlip import __version__, commands, recipe_commands
+from qlip import __version__, commands, eval_commands, recipe_commands
 from qlip.core.arguments import parse_arguments
 from qlip.core.errors import RankError, UserError, last_line, nearest_name
 
@@ -15,11 +15,11 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "train": recipe_commands.train,
     "balance": recipe_commands.balance,
     "check": recipe_commands.check,
-    "eval": commands.evaluate,
-    "eval protocols": commands.eval_protocols,
-    "eval compare": commands.eval_compare,
-    "eval explain": commands.eval_explain,
-    "table": commands.table,
+    "eval": eval_commands.evaluate,
+    "eval protocols": eval_commands.eval_protocols,
+    "eval compare": eval_commands.eval_compare,
+    "eval explain": eval_commands.eval_explain,
+    "table": eval_commands.table,
     "data scenes": commands.data_scenes,
     "data inspect": commands.data_inspect,
     "reconstruct": commands.reconstruct,

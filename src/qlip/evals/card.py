@@ -69,7 +69,6 @@ def card_of(
         "max_samples": data.max_samples,
         "baseline": baseline,
         "data": data.source.name,
-        "split": data.split,
         "count": count,
         "duplicates": count - len(digests.unique(dim=0)),
         "skipped": collected.skipped.total(),

@@ -29,7 +29,6 @@ BLOCKING = (  # a card's keys that begin so, in the order in which they are name
         "class_names_sha256",
         "labels_sha256",
         "num_classes",
-        "split",
     ),
     *("templates", "colour_templates", "captions_sha256", "num_captions", "ties", "scenes"),
     *("train_", "selection", "left_out"),

@@ -21,7 +21,7 @@ from qlip.core.images import ImageLimits
 from qlip.data.items import Item, Source
 from qlip.data.transforms import prepared_pixels
 from qlip.engine.run_folder import versions
-from qlip.evals.collect import Reading
+from qlip.evals.collect import Collected, Measure, Reading, collect
 from qlip.evals.networks import Networks
 from qlip.evals.protocols import Preparation, Protocol
 from qlip.models.measured import Ability, MeasuredModel
@@ -50,7 +50,7 @@ class EvalInput:
     networks: Networks = field(default_factory=lambda: Networks(None))
     """Where the weights of Inception and LPIPS are."""
     split: str = ""
-    """Which split of a json or parquet folder `source` is, for the card."""
+    """Which split of a json or parquet folder was asked for; `source.name` says it where it was used."""
     folder: Path | None = None
     """Result folder, in which finished parts and features are kept; None keeps all in memory."""
     work_folders: list[Path] = field(default_factory=list)
@@ -77,6 +77,38 @@ class EvalInput:
             batch_size=self.batch_size,
             max_skip_share=self.max_skip_share,
             limits=self.limits,
+        )
+
+    def collect(
+        self,
+        protocol: Protocol,
+        measure: Measure,
+        *,
+        model: MeasuredModel,
+        device: torch.device,
+        wanted: Callable[[Item], bool] | None = None,
+        **what: Any,
+    ) -> Collected:
+        """Rows of all pictures of `source` that are `wanted`, under the protocol; `what` else they depend on."""
+        return collect(
+            self.reading(
+                self.source,
+                preparation=protocol.preparation,
+                size=picture_side(model, protocol),
+                wanted=wanted,
+            ),
+            measure,
+            title=protocol.name,
+            device=device,
+            folder=self.work_folder(
+                "parts",
+                model=model,
+                device=device,
+                source=self.source,
+                max_samples=self.max_samples,
+                **protocol.card(),
+                **what,
+            ),
         )
 
     def work_folder(

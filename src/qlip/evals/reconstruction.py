@@ -63,19 +63,8 @@ class ReconstructionEvaluator:
         metrics = distributed.on_all_ranks(
             lambda: PictureMetrics(self.wanted, networks=self.data.networks, model=model, device=device)
         )
-        collected = collect(
-            self.data.reading(self.data.source, preparation=self.protocol.preparation, size=size),
-            self._measure(model, metrics),
-            title=self.protocol.name,
-            device=device,
-            folder=self.data.work_folder(
-                "parts",
-                model=model,
-                device=device,
-                source=self.data.source,
-                max_samples=self.data.max_samples,
-                **self._identity(metrics),
-            ),
+        collected = self.data.collect(
+            self.protocol, self._measure(model, metrics), model=model, device=device, **self._identity(metrics)
         )
         self._refuse_few(len(collected.keys), source=self.data.source)
         figures = self._figures(model, collected, metrics)
@@ -151,8 +140,8 @@ class ReconstructionEvaluator:
                 )
 
     def _identity(self, metrics: PictureMetrics) -> dict[str, Any]:
-        """What the rows of this evaluation depend on besides model and data."""
-        return {**self.protocol.card(), **metrics.card(), "wanted": self.wanted}
+        """What the rows of this evaluation depend on besides model, data and protocol."""
+        return {**metrics.card(), "metrics": self.wanted}
 
     def _measure(self, model: MeasuredModel, metrics: PictureMetrics) -> Measure:
         def measure(batch: Batch) -> dict[str, Tensor]:
@@ -207,6 +196,7 @@ class ReconstructionEvaluator:
                 source=source,
                 max_samples=0,
                 role="reference",
+                **self.protocol.card(),
                 **self._identity(metrics),
             ),
         )

@@ -12,7 +12,6 @@ from torch import Tensor
 from qlip.core.errors import UserError
 from qlip.data.items import Item
 from qlip.evals.card import card_of, sha256_of_truth
-from qlip.evals.collect import collect
 from qlip.evals.inputs import EvalInput, picture_side, require_ability
 from qlip.evals.protocols import Protocol, RetrievalSettings
 from qlip.models.measured import MeasuredModel
@@ -71,19 +70,12 @@ class RetrievalEvaluator:
             captions[item.key] = self._captions(item)
             return True
 
-        collected = collect(
-            self.data.reading(self.data.source, preparation=self.protocol.preparation, size=size, wanted=captioned),
+        collected = self.data.collect(
+            self.protocol,
             lambda batch: {"embeds": model.image_embeds(batch["pictures"])},
-            title=self.protocol.name,
+            model=model,
             device=device,
-            folder=self.data.work_folder(
-                "parts",
-                model=model,
-                device=device,
-                source=self.data.source,
-                max_samples=self.data.max_samples,
-                **self.protocol.card(),
-            ),
+            wanted=captioned,
         )
         images = collected.rows("embeds")["embeds"]
         texts = [caption for key in collected.keys for caption in captions[key]]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qlip.data.scenes import COLOUR_NAMES, HELD_OUT_PAIRS, SHAPE_NAMES
 from qlip.evals.card import card_of, sha256_in_order, sha256_of_names, sha256_of_truth
-from qlip.evals.collect import Batch, collect
+from qlip.evals.collect import Batch
 from qlip.evals.inputs import EvalInput, holds_one_object, objects_of_scene, picture_side, require_ability
 from qlip.evals.protocols import Protocol
 from qlip.evals.zero_shot import Template, class_weights, share, topk_hits
@@ -39,21 +39,12 @@ class SceneZeroShotEvaluator:
         started = time.monotonic()
         require_ability(model, "match_text", self.protocol)
         size = picture_side(model, self.protocol)
-        collected = collect(
-            self.data.reading(
-                self.data.source, preparation=self.protocol.preparation, size=size, wanted=holds_one_object
-            ),
+        collected = self.data.collect(
+            self.protocol,
             lambda batch: {"embeds": model.image_embeds(batch["pictures"]), **_truth(batch)},
-            title=self.protocol.name,
+            model=model,
             device=device,
-            folder=self.data.work_folder(
-                "parts",
-                model=model,
-                device=device,
-                source=self.data.source,
-                max_samples=self.data.max_samples,
-                **self.protocol.card(),
-            ),
+            wanted=holds_one_object,
         )
         rows = collected.rows("embeds", "colour", "shape")
         embeds, colour, shape = rows["embeds"], rows["colour"], rows["shape"]

@@ -16,7 +16,7 @@ from torch import Tensor
 from qlip.core.errors import UserError
 from qlip.data.sources import require_classes
 from qlip.evals.card import card_of, sha256_in_order, sha256_of_names, sha256_of_truth
-from qlip.evals.collect import Batch, collect
+from qlip.evals.collect import Batch
 from qlip.evals.inputs import EvalInput, picture_side, require_ability
 from qlip.evals.protocols import Protocol, ZeroShotSettings
 from qlip.models.measured import MeasuredModel
@@ -66,24 +66,12 @@ class ZeroShotEvaluator:
         size = picture_side(model, self.protocol)
         require_classes(self.data.source, self.protocol.num_classes)
         names, templates = self._class_names(), named_templates(self.settings.templates)
-        collected = collect(
-            self.data.reading(
-                self.data.source,
-                preparation=self.protocol.preparation,
-                size=size,
-                wanted=lambda item: item.label is not None,
-            ),
+        collected = self.data.collect(
+            self.protocol,
             lambda batch: {"embeds": model.image_embeds(batch["pictures"]), "labels": _labels(batch)},
-            title=self.protocol.name,
+            model=model,
             device=device,
-            folder=self.data.work_folder(
-                "parts",
-                model=model,
-                device=device,
-                source=self.data.source,
-                max_samples=self.data.max_samples,
-                **self.protocol.card(),
-            ),
+            wanted=lambda item: item.label is not None,
         )
         rows = collected.rows("embeds", "labels")
         scores, labels = rows["embeds"] @ class_weights(model, names, templates).T, rows["labels"]

@@ -53,6 +53,7 @@ def evaluate(
         device: auto, cpu, cuda, ...
         json: Also write the results to this file.
     """
+    from qlip.core.distributed import stop
     from qlip.core.log import FIRST_PROCESS, console
     from qlip.evals.run import EvalRequest, print_results, result_folder, run_evals, write_results
 
@@ -75,6 +76,7 @@ def evaluate(
     console.print(f"results, rows per picture and cards: {request.folder}")
     if json is not None and FIRST_PROCESS:
         write_results(json, results)
+    stop()
 
 
 def eval_protocols() -> None:
@@ -128,6 +130,7 @@ def eval_explain(
         device: auto, cpu, cuda, ...
     """
     from qlip.apps.explain import explain
+    from qlip.core.distributed import stop
 
     explain(
         model,
@@ -139,6 +142,7 @@ def eval_explain(
         batch_size=batch_size,
         device=device,
     )
+    stop()
 
 
 def table(

@@ -20,6 +20,17 @@ from qlip.engine.checkpoint import checkpoint_folders
 VERSIONS = ("qlip", "torch", "torchvision", "transformers", "pillow", "timm")
 
 
+def make_writable(folder: Path) -> None:
+    """Make the folder. Raises `UserError` when it cannot be made or written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write_test"
+        probe.write_bytes(b"")
+        probe.unlink(missing_ok=True)  # another rank may have been here too
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --out") from None
+
+
 def prepare_run_folder(
     folder: Path, config: dict[str, Any], *, changes: list[str], bytes_needed: int, accept_changes: bool
 ) -> None:
@@ -30,13 +41,7 @@ def prepare_run_folder(
     Raises `UserError` before anything is trained: no permission, no space, or, once there is a checkpoint to resume,
     a changed config without `accept_changes` (each difference is named).
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write_test"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --out") from None
+    make_writable(folder)
     free = shutil.disk_usage(folder).free
     if free < bytes_needed:
         raise UserError(

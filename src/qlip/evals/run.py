@@ -26,6 +26,7 @@ from qlip.core.errors import UserError
 from qlip.core.log import console
 from qlip.data.sources import open_source
 from qlip.engine.parallel import pick_device
+from qlip.engine.run_folder import make_writable
 from qlip.evals import protocols
 from qlip.evals.compare import read_results
 from qlip.evals.inputs import EvalInput
@@ -97,13 +98,7 @@ class EvalRequest:
         for data in (self.data, self.train_data, self.reference):
             if data and Path(data).is_dir() and place.is_relative_to(Path(data).resolve()):
                 raise UserError(f"--out {self.folder} lies in {data}, whose pictures it would join: choose another")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            probe = self.folder / ".write_test"
-            probe.write_bytes(b"")
-            probe.unlink(missing_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write to {self.folder}: {error.strerror}; choose another --out") from None
+        make_writable(self.folder)
 
     def open(self) -> EvalInput:
         """The data behind the words. Raises `UserError` for impossible numbers, names and missing data."""

@@ -27,9 +27,14 @@ def to_unit(normalised: Tensor) -> Tensor:
     return normalised.float() * _per_channel(CLIP_STD, normalised) + _per_channel(CLIP_MEAN, normalised)
 
 
+def unit_to_uint8(unit: Tensor) -> Tensor:
+    """Unit pixels -> uint8 pictures: clamped to [0, 1], then **rounded** (truncation is biased by -0.5)."""
+    return (unit.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
 def to_uint8(normalised: Tensor) -> Tensor:
-    """CLIP-normalised pixels -> uint8 pictures: clamped to [0, 1], then **rounded** (truncation is biased by -0.5)."""
-    return (to_unit(normalised).clamp(0, 1) * 255).round().to(torch.uint8)
+    """CLIP-normalised pixels -> uint8 pictures, as `unit_to_uint8`."""
+    return unit_to_uint8(to_unit(normalised))
 
 
 def from_uint8(pictures: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from qlip.models.baselines import MINUS_ONE_TO_ONE, identity_of, read_config, wh
 from qlip.models.measured import Ability, Reconstructed, sha256_of_json
 from qlip.models.qlip.pretrained import one_line
 from qlip.models.qlip.weight_files import read_headers, shown
-from qlip.quantizers.ids import ids_to_bits
+from qlip.quantizers.ids import bits_to_ids, ids_to_bits
 
 AUTOENCODERS = ("VQModel", "AutoencoderKL")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -106,18 +106,37 @@ class MeasuredAutoencoder:
     def _through_code(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
         """(b, 3, S, S) uint8 -> values in [-1, 1] of the same shape, and ids (b, n), of which a KL latent has none."""
         model = self.model
-        encoded = model.encode(MINUS_ONE_TO_ONE.from_uint8(pictures, dtype=model.dtype))
         if not self.num_bits:
+            encoded = model.encode(MINUS_ONE_TO_ONE.from_uint8(pictures, dtype=model.dtype))
             latents = encoded.latent_dist.mode().to(torch.bfloat16)
             return model.decode(latents.to(model.dtype)).sample, latents.new_empty(0)
-        latents = encoded.latents  # (b, d, h, w)
+        ids = self._ids(pictures)
+        side = pictures.shape[-1] // self.patch_size
+        return self._decoded(ids, grid=(side, side)), ids
+
+    def _ids(self, pictures: Tensor) -> Tensor:
+        """(b, 3, S, S) uint8 -> (b, n) int64 indices of the nearest codes."""
+        model = self.model
+        latents = model.encode(MINUS_ONE_TO_ONE.from_uint8(pictures, dtype=model.dtype)).latents  # (b, d, h, w)
         if self.unit_codes:
             latents = normalize(latents, dim=1)
         # one picture at a time: the distances of b pictures to all codes would be the largest tensor by far
-        ids = torch.stack([model.quantize(latent)[2][2].flatten() for latent in latents.split(1)])  # (b, n)
-        codes = rearrange(model.quantize.embedding(ids), "b (h w) d -> b d h w", h=latents.shape[2])
+        return torch.stack([model.quantize(latent)[2][2].flatten() for latent in latents.split(1)])
+
+    def _decoded(self, ids: Tensor, *, grid: tuple[int, int]) -> Tensor:
+        """(b, n) int64 -> (b, 3, S, S) in [-1, 1]."""
+        model = self.model
+        codes = rearrange(model.quantize.embedding(ids), "b (h w) d -> b d h w", h=grid[0])
         norm_input = codes if model.config.norm_type == "spatial" else None
-        return model.decoder(model.post_quant_conv(codes), norm_input), ids
+        return model.decoder(model.post_quant_conv(codes), norm_input)
+
+    def encode_bits(self, pictures: Tensor) -> Tensor:
+        """(b, 3, S, S) uint8 -> (b, n, L) bool of a VQ model."""
+        return ids_to_bits(self._ids(pictures), self.num_bits)
+
+    def decode_bits(self, bits: Tensor, *, grid: tuple[int, int]) -> Tensor:
+        """(b, n, L) bool -> (b, 3, S, S) unit pixels, not clamped, of a VQ model whose codes L bits count."""
+        return MINUS_ONE_TO_ONE.to_unit(self._decoded(bits_to_ids(bits), grid=grid))
 
 
 def open_autoencoder(folder: Path) -> MeasuredAutoencoder:

@@ -23,7 +23,7 @@ from qlip.models.qlip.tokenizer import text_tokenizer
 
 NOT_THE_MODEL = ("transformers_version", "dtype", "_name_or_path", "architectures")
 PROBE_TEXTS = ("a photo of a cat", "Zwölf Boxkämpfer, 12.5 %!", "it's <|endoftext|> \N{SNOWMAN}")
-Ability = Literal["reconstruct", "match_text", "features"]
+Ability = Literal["reconstruct", "match_text", "features", "generate"]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -72,6 +72,28 @@ class MeasuredModel(Protocol):
 
     def features(self, pictures: Tensor) -> dict[str, Tensor]:
         """(b, 3, S, S) uint8 -> `cls` and `mean`, (b, d) float32 each: for probes."""
+
+
+class MeasuredGenerator(Protocol):
+    """A text-to-image model that evaluations can score."""
+
+    name: str
+    """What it is, for cards."""
+    image_size: int
+    """Side S of its pictures."""
+    abilities: frozenset[Ability]
+    """`generate`."""
+    sampling: dict[str, Any]
+    """Temperature, top-k, top-p, guidance, head: for cards."""
+
+    def identity(self) -> dict[str, Any]:
+        """For cards: `model_fingerprint`, `dtype`, and what else tells models apart."""
+
+    def to(self, device: torch.device) -> None:
+        """Move it there."""
+
+    def generate(self, prompts: list[str], *, seeds: list[int]) -> Tensor:
+        """b prompts and as many seeds -> (b, 3, S, S) uint8; a picture depends on its own prompt and seed alone."""
 
 
 def sha256_of_json(value: Any) -> str:
@@ -136,12 +158,12 @@ class MeasuredQLIP:
 
     def reconstruct(self, pictures: Tensor) -> Reconstructed:
         """Encode, quantize, decode."""
-        output = self.model(self._pixel_values(pictures))
+        output = self.model(self.pixel_values(pictures))
         return Reconstructed(unit_pixels=pixels.to_unit(output.reconstructions), bits=output.bits)
 
     def image_embeds(self, pictures: Tensor) -> Tensor:
         """The projected CLS state."""
-        return unit_norm(self.model.get_image_features(self._pixel_values(pictures)).pooler_output)
+        return unit_norm(self.model.get_image_features(self.pixel_values(pictures)).pooler_output)
 
     def text_embeds(self, texts: list[str]) -> Tensor:
         """The projected end-of-text state."""
@@ -150,8 +172,9 @@ class MeasuredQLIP:
 
     def features(self, pictures: Tensor) -> dict[str, Tensor]:
         """`cls` and `mean`."""
-        output = self.model.vision_model(self._pixel_values(pictures))
+        output = self.model.vision_model(self.pixel_values(pictures))
         return {"cls": output.pooler_output.float(), "mean": output.pre_quant.float().mean(1)}
 
-    def _pixel_values(self, pictures: Tensor) -> Tensor:
+    def pixel_values(self, pictures: Tensor) -> Tensor:
+        """uint8 pictures -> what the network takes."""
         return pixels.from_uint8(pictures).to(self.model.visual_projection.weight.dtype)

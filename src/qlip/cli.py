@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from qlip import __version__, commands, eval_commands, recipe_commands
+from qlip import __version__, commands, eval_commands, recipe_commands, token_commands
 from qlip.core.arguments import parse_arguments
 from qlip.core.errors import RankError, UserError, last_line, nearest_name
 
@@ -19,9 +19,12 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval protocols": eval_commands.eval_protocols,
     "eval compare": eval_commands.eval_compare,
     "eval explain": eval_commands.eval_explain,
+    "eval results": eval_commands.eval_results,
     "table": eval_commands.table,
     "data scenes": commands.data_scenes,
     "data inspect": commands.data_inspect,
+    "tokenize": token_commands.tokenize,
+    "generate": token_commands.generate,
     "reconstruct": commands.reconstruct,
     "verify": commands.verify,
     "classify": commands.classify,

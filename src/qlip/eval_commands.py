@@ -24,6 +24,7 @@ def evaluate(
     max_samples: int = 0,
     leave_out: tuple[str, ...] = (),
     networks: Path | None = None,
+    clip: Path | None = None,
     out: Path | None = None,
     batch_size: int = 100,
     device: str = "auto",
@@ -37,7 +38,8 @@ def evaluate(
     Example: qlip eval runs/demo/stage2/export --data runs/demo/data/test
 
     Args:
-        model: Model folder or hub id: QLIP, or of others CLIP, SigLIP, diffusers' VQ or KL, LlamaGen's VQGAN.
+        model: Model folder or hub id: QLIP, or of others CLIP, SigLIP, diffusers' VQ or KL, LlamaGen's VQGAN; or a
+            text-to-image model of ours.
         data: Pictures: class folders, a flat folder, tar shards, a COCO or Karpathy json, parquet.
         evals: Protocols by name.
         images: Folder of the pictures that a COCO or Karpathy json names, if it is not beside it.
@@ -48,6 +50,7 @@ def evaluate(
         max_samples: Score the first so many pictures; 0 scores all.
         leave_out: Metrics not to measure: rfid, lpips_alex, lpips_vgg.
         networks: Folder with the weights of Inception and LPIPS; torch's hub cache if not given.
+        clip: CLIP folder that scores generated pictures against captions.
         out: Folder for results, a row per picture, the worst pictures; runs/eval/NAME if not given.
         batch_size: Pictures per forward pass.
         device: auto, cpu, cuda, ...
@@ -69,6 +72,7 @@ def evaluate(
         batch_size=batch_size,
         leave_out=leave_out,
         networks=networks,
+        clip=clip,
         folder=out or result_folder(model),
     )
     results = run_evals(model, request, device=device)
@@ -143,6 +147,20 @@ def eval_explain(
         device=device,
     )
     stop()
+
+
+def eval_results(benchmark: Positional[Literal["geneval", "dpg"]], results: Positional[Path]) -> None:
+    """Read what the scorer of GenEval or DPG-Bench wrote about pictures of `qlip generate`, beside the paper's rows.
+
+    Example: qlip eval results geneval results.jsonl
+
+    Args:
+        benchmark: geneval or dpg.
+        results: GenEval's results.jsonl, or DPG-Bench's result file.
+    """
+    from qlip.apps.benchmark_scores import print_scores
+
+    print_scores(benchmark, results)
 
 
 def table(

@@ -64,12 +64,16 @@ def train(arguments: list[str]) -> None:
     name, options = arguments[0], arguments[1:]
     base = find_recipe(name)
     from qlip.core.distributed import stop
+    from qlip.recipes.generation_run import GenerationOptions, GenerationRunConfig, run_generation
     from qlip.recipes.run import TrainOptions, run_recipe
 
-    options = parse_arguments(
-        TrainOptions, options, prog=f"qlip train {name}", default=TrainOptions(run=base, out=Path("runs") / name)
-    )
-    run_recipe(options.run, folder=options.out, accept_changes=options.accept_changes)
+    prog, out = f"qlip train {name}", Path("runs") / name
+    if isinstance(base, GenerationRunConfig):
+        asked = parse_arguments(GenerationOptions, options, prog=prog, default=GenerationOptions(run=base, out=out))
+        run_generation(asked.run, folder=asked.out, accept_changes=asked.accept_changes)
+    else:
+        asked = parse_arguments(TrainOptions, options, prog=prog, default=TrainOptions(run=base, out=out))
+        run_recipe(asked.run, folder=asked.out, accept_changes=asked.accept_changes)
     stop()
 
 

@@ -14,7 +14,8 @@ from tiny_training import CLI_SIZES, assert_same_runs, tiny_run, write_tiny_scen
 
 from qlip.core.errors import UserError
 from qlip.core.log import read_metrics
-from qlip.recipes.run import run_recipe, split_batch
+from qlip.recipes.run import run_recipe
+from qlip.recipes.running import split_batch
 from ranks import on_ranks
 
 DIES_ONCE = """

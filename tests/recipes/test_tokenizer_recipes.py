@@ -18,7 +18,8 @@ from qlip.engine.optim import has_decay, learning_rate
 from qlip.models.qlip.modeling import QLIPModel
 from qlip.recipes import RECIPES, find_recipe
 from qlip.recipes.model import ModelConfig
-from qlip.recipes.run import TrainOptions, split_batch
+from qlip.recipes.run import TrainOptions
+from qlip.recipes.running import split_batch
 from qlip.tasks.align import AlignConfig
 from qlip.tasks.reconstruct import ReconstructConfig
 

@@ -20,7 +20,8 @@ from qlip.models.qlip.configuration import QLIPConfig
 from qlip.models.qlip.modeling import QLIPModel
 from qlip.models.qlip.pretrained import CONFIG_ERRORS, one_line
 from qlip.recipes.model import with_quantizer
-from qlip.recipes.run import RunConfig, split_batch
+from qlip.recipes.run import RunConfig
+from qlip.recipes.running import split_batch
 from qlip.tasks.reconstruct import ReconstructConfig, ReconstructTask
 
 

@@ -42,6 +42,17 @@ FIGURES = {
     "rfid": Words("", "lower", "Frechet distance of both sets of pictures over Inception features."),
     "lpips_alex": Words("", "lower", "LPIPS 0.1 over AlexNet: perceptual distance learned from human judgements."),
     "lpips_vgg": Words("", "lower", "LPIPS 0.1 over VGG-16."),
+    "gfid": Words("", "lower", "Frechet distance of generated and real pictures over Inception features."),
+    "fd_clip": Words("", "lower", "Frechet distance of generated and real pictures over features of CLIP; not FID."),
+    "clip_cosine": Words("", "higher", "Cosine of picture and caption in CLIP; another caption's stands beside it."),
+    "clipscore": Words("", "higher", "2.5 times that cosine, at least 0."),
+    "overall": Words("share", "higher", "Mean of the six categories, as GenEval's."),
+    "single_object": Words("share", "higher", "Pictures that show the object of the prompt."),
+    "two_object": Words("share", "higher", "Pictures that show both objects of the prompt."),
+    "counting": Words("share", "higher", "Pictures that show as many objects as the prompt says, no more."),
+    "colors": Words("share", "higher", "Pictures that show the object in the colour of the prompt."),
+    "position": Words("share", "higher", "Pictures whose objects lie to each other as the prompt says."),
+    "color_attr": Words("share", "higher", "Pictures that show both objects, each in its own colour."),
     **{
         f"{kind}_{position}": Words("share", "higher", f"{said} {where}.")
         for kind, said in (

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from transformers import LlamaModel
 
 from qlip.core.distributed import launched_processes, replicating_mesh, sharding_mesh
 from qlip.core.errors import UserError
@@ -83,11 +84,18 @@ def make_scalars_vectors(modules: nn.Module) -> None:
                 setattr(module, name, vector)
 
 
+def block_stacks(module: nn.Module) -> list[nn.Module]:
+    """Modules that hold transformer blocks as `layers`: our towers' and those of transformers' language models."""
+    return [part for part in module.modules() if isinstance(part, BlockStack | LlamaModel)]
+
+
 def set_activation_checkpointing(modules: nn.Module, *, enabled: bool) -> None:
-    """Recompute the activations of every block stack in the backward pass, or keep them."""
-    for module in modules.modules():
-        if isinstance(module, BlockStack):
-            module.gradient_checkpointing = enabled
+    """Recompute the activations of every block in the backward pass, or keep them."""
+    for stack in block_stacks(modules):
+        if isinstance(stack, BlockStack):
+            stack.gradient_checkpointing = enabled
+        elif enabled:
+            stack.gradient_checkpointing_enable()
 
 
 def compile_blocks(modules: nn.Module, *, backend: str = "inductor") -> None:
@@ -96,11 +104,10 @@ def compile_blocks(modules: nn.Module, *, backend: str = "inductor") -> None:
     Their backward passes keep what they have saved, since gradients of single losses may be taken before the whole one.
     """
     torch._functorch.config.donated_buffer = False
-    for module in modules.modules():
-        if isinstance(module, BlockStack):
-            for block in module.layers:
-                if not block.keep_eager:
-                    block.compile(backend=backend)
+    for stack in block_stacks(modules):
+        for block in stack.layers:
+            if not getattr(block, "keep_eager", False):
+                block.compile(backend=backend)
 
 
 def shard(module: nn.Module, kind: ParallelKind, device: torch.device) -> None:
@@ -115,8 +122,7 @@ def shard(module: nn.Module, kind: ParallelKind, device: torch.device) -> None:
     # What a module returns is never written in place here, which is what FSDP2 warns about when it returns views.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = replicating_mesh(device.type) if kind == "ddp" else sharding_mesh(device.type)
-    stacks = [part for part in module.modules() if isinstance(part, BlockStack)]
-    for stack in stacks:
+    for stack in block_stacks(module):
         for block in stack.layers:
             fully_shard(block, mesh=mesh)
     fully_shard(module, mesh=mesh, reshard_after_forward=False)

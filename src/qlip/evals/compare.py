@@ -31,18 +31,20 @@ BLOCKING = (  # a card's keys that begin so, in the order in which they are name
         "num_classes",
     ),
     *("templates", "colour_templates", "captions_sha256", "num_captions", "ties", "scenes"),
-    *("train_", "selection", "left_out"),
+    *("train_", "selection", "left_out", "prompts_sha256", "clip_", "seeds"),
 )
 NOTED = (
     *("dtype", "device", "ranks", "batch_size", "versions", "git_commit"),
-    *("data", "skipped", "encoder_network", "encoder_fingerprint"),
+    *("data", "skipped", "encoder_network", "encoder_fingerprint", "sampling", "generated_size"),
 )
 HIGHER = (
     *("psnr", "ssim", "bit_entropy", "balanced_bits", "distinct_token_share"),
     *("top1", "top5", "top1_seen_pairs", "top1_unseen_pairs", "colour_top1", "shape_top1", "mean_class"),
+    *("clip_cosine", "clipscore", "overall"),
+    *("single_object", "two_object", "counting", "colors", "position", "color_attr"),
 )
 HIGHER_FAMILIES = ("image_to_text_", "text_to_image_", "linear_", "knn_")
-LOWER = ("rfid", "lpips_alex", "lpips_vgg", "encoder_distance", "fd_encoder")
+LOWER = ("rfid", "gfid", "lpips_alex", "lpips_vgg", "encoder_distance", "fd_encoder", "fd_clip")
 OWN_ENCODER = ("encoder_distance", "fd_encoder")
 """Measured in the encoder of the model itself: another model's are measured in another network."""
 BASELINE = "_baseline"

@@ -7,7 +7,7 @@ sources (BSQ-ViT, EVA-CLIP, DINO) and, where they quarrel, one protocol for each
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rich.table import Table
@@ -15,107 +15,39 @@ from rich.table import Table
 from qlip.core.config import to_json
 from qlip.core.errors import UserError, nearest_name
 from qlip.core.log import console
+from qlip.evals.protocol_settings import (
+    KnnSettings,
+    LinearProbeSettings,
+    Preparation,
+    ReconstructionSettings,
+    RetrievalSettings,
+    ScenePromptSettings,
+    TextToImageSettings,
+    ZeroShotSettings,
+)
+from qlip.evals.protocol_settings import (
+    Position as Position,
+)
 
-Position = Literal["cls", "mean", "cls+mean"]
-Kind = Literal["reconstruction", "zero_shot", "retrieval", "linear_probe", "knn"]
-
-
-@dataclass(kw_only=True, slots=True, frozen=True)
-class Preparation:
-    """How a picture becomes the square of 8-bit pixels that every model is given."""
-
-    size: int = 0
-    """Side S in pixels; 0 is the model's own."""
-    filter: str = "bicubic"
-    """Of `data/transforms.FILTERS`; all of them are Pillow's, so antialiased."""
-    crop: Literal["centre", "squash"] = "centre"
-    """Shortest side to S and the centre square, or both sides to S."""
-
-
-@dataclass(kw_only=True, slots=True, frozen=True)
-class ReconstructionSettings:
-    """Encode, decode, compare."""
-
-    metrics: tuple[str, ...] = ("psnr", "ssim", "lpips_alex", "rfid")
-    """Of psnr, ssim, lpips_alex, lpips_vgg, rfid; and encoder_distance, fd_encoder in the model's own encoder."""
-    rounding: Literal["round", "truncate"] = "round"
-    """How reconstructions become 8-bit pixels."""
-    mean_picture: bool = False
-    """Also score the mean picture of the data, as a baseline. Holds all originals: for small data."""
-
-
-@dataclass(kw_only=True, slots=True, frozen=True)
-class ZeroShotSettings:
-    """Class prompts -> accuracy."""
-
-    class_names: Literal["data", "imagenet", "scenes"] = "data"
-    """The data's own names (or `--labels`), open_clip's 1,000 ImageNet names, or colours and shapes of scenes."""
-    templates: Literal["openai80", "simple7", "scenes"] = "simple7"
-    """open_clip's 80 ImageNet templates, its 7 simple ones, or those of `evals/scene_zero_shot.py`."""
-
-
-@dataclass(kw_only=True, slots=True, frozen=True)
-class RetrievalSettings:
-    """Image to text and text to image among all pictures of the data."""
-
-    captions_per_image: int = 5
-    """The first so many captions of a picture are used."""
-    ranks: tuple[int, ...] = (1, 5, 10)
-    """K of R@K."""
-
-
-@dataclass(kw_only=True, slots=True, frozen=True)
-class LinearProbeSettings:
-    """A linear classifier on frozen features (Table 11)."""
-
-    positions: tuple[Position, ...] = ("cls", "mean", "cls+mean")
-    """Pooled CLS, mean of the patch states before the quantizer, both side by side (Table 10)."""
-    label: Literal["class", "shape"] = "class"
-    """The data's classes, or the shape of the only object of a scene."""
-    epochs: int = 10
-    """Passes over the training pictures."""
-    warmup_epochs: int = 1
-    """Linear warm-up, then cosine to zero."""
-    batch_size: int = 1024
-    """Pictures per step."""
-    lr: float = 0.2
-    """Peak rate of AdamW with betas (0.9, 0.999), without decay."""
-    batch_norm: bool = True
-    """Normalise features by batch statistics, without an affine map, before the classifier."""
-    train_views: int = 10
-    """Random crops with flips of each training picture that are embedded and cached, one after the other for the
-    epochs; 0 takes the evaluation's centre crop. Epoch e trains on view e modulo their number."""
-    max_train_samples: int = 0
-    """Train on the first so many pictures; 0 takes all."""
-    seed: int = 0
-    """Of crops, order and start."""
-
-
-@dataclass(kw_only=True, slots=True, frozen=True)
-class KnnSettings:
-    """Weighted nearest neighbours among the training pictures, by cosine (DINO, arXiv 2104.14294, and before it
-    arXiv 1805.01978)."""
-
-    positions: tuple[Position, ...] = ("cls", "mean")
-    """As for the linear probe."""
-    label: Literal["class", "shape"] = "class"
-    """As for the linear probe."""
-    neighbours: int = 20
-    """k."""
-    temperature: float = 0.07
-    """A neighbour's vote weighs exp(cosine / temperature)."""
-    max_train_samples: int = 0
-    """Look among the first so many pictures; 0 takes all."""
-
-
+Kind = Literal["reconstruction", "zero_shot", "retrieval", "linear_probe", "knn", "text_to_image", "scene_prompts"]
 IMAGENET_VAL, IMAGENET_CLASSES = 50_000, 1000
-Settings = ReconstructionSettings | ZeroShotSettings | RetrievalSettings | LinearProbeSettings | KnnSettings
+Settings = (
+    ReconstructionSettings
+    | ZeroShotSettings
+    | RetrievalSettings
+    | LinearProbeSettings
+    | KnnSettings
+    | TextToImageSettings
+    | ScenePromptSettings
+)
 KINDS: dict[type, Kind] = {
     ReconstructionSettings: "reconstruction",
     ZeroShotSettings: "zero_shot",
     RetrievalSettings: "retrieval",
     LinearProbeSettings: "linear_probe",
     KnnSettings: "knn",
+    TextToImageSettings: "text_to_image",
+    ScenePromptSettings: "scene_prompts",
 }
 
 
@@ -129,7 +61,7 @@ class Protocol:
     """One sentence."""
     settings: Settings
     """Of the kind of evaluation."""
-    preparation: Preparation = Preparation()
+    preparation: Preparation = field(default_factory=Preparation)
     """Of every picture."""
     count: int = 0
     """Pictures of the full data set; a result on fewer is marked as incomplete. 0 takes any number."""
@@ -165,6 +97,7 @@ def _reconstruction(size: int, filter: str, *, count: int = IMAGENET_VAL) -> Pro
 
 
 SCENES_TRAIN = 10_000
+COCO_CAPTIONS = 30_000
 ALL = (
     *(_reconstruction(size, filter) for size in (256, 392) for filter in ("bilinear", "bicubic", "lanczos", "adm")),
     *(_reconstruction(0, filter, count=0) for filter in ("bilinear", "bicubic", "lanczos", "adm")),
@@ -270,6 +203,23 @@ ALL = (
         name="scenes-knn20-v1",
         summary="The shape of the only object of a scene, 20 nearest neighbours.",
         settings=KnnSettings(positions=("cls", "mean", "cls+mean"), label="shape", max_train_samples=SCENES_TRAIN),
+    ),
+    Protocol(
+        name="coco30k-gfid-v1",
+        summary="Pictures of 30,000 captions of COCO val2014: gFID against all of val2014 at 256, CLIP ViT-B/32.",
+        settings=TextToImageSettings(num_captions=COCO_CAPTIONS, prefix="A photo depicts ", clip="ViT-B/32"),
+        preparation=Preparation(size=256, filter="lanczos"),
+        count=COCO_CAPTIONS,
+    ),
+    Protocol(
+        name="images-t2i-offline-v1",
+        summary="Pictures of any captions, in the model of --clip alone: Frechet distance and cosine with captions.",
+        settings=TextToImageSettings(metrics=("fd_clip", "clip_cosine", "clipscore")),
+    ),
+    Protocol(
+        name="scenes-geneval-v1",
+        summary="GenEval's six categories on prompts for scenes, read back by classical vision, chance beside them.",
+        settings=ScenePromptSettings(),
     ),
 )
 PROTOCOLS = {protocol.name: protocol for protocol in ALL}

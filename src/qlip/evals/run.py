@@ -29,23 +29,28 @@ from qlip.engine.parallel import pick_device
 from qlip.engine.run_folder import make_writable
 from qlip.evals import protocols
 from qlip.evals.compare import read_results
+from qlip.evals.generation_networks import IN_CLIP
 from qlip.evals.inputs import EvalInput
 from qlip.evals.knn import KnnEvaluator
 from qlip.evals.linear_probe import LinearProbeEvaluator
 from qlip.evals.networks import Networks
 from qlip.evals.picture_metrics import FRECHET
-from qlip.evals.protocols import ReconstructionSettings, find_protocol
+from qlip.evals.protocols import ReconstructionSettings, TextToImageSettings, find_protocol
 from qlip.evals.reconstruction import ReconstructionEvaluator
 from qlip.evals.retrieval import RetrievalEvaluator
+from qlip.evals.scene_generation import SceneGenerationEvaluator
 from qlip.evals.scene_zero_shot import SceneZeroShotEvaluator
+from qlip.evals.text_to_image import TextToImageEvaluator
 from qlip.evals.zero_shot import ZeroShotEvaluator
+from qlip.models.generator import Generator, is_generator, open_generator
 from qlip.models.measured import MeasuredModel, MeasuredQLIP
 from qlip.models.opening import open_measured
 from qlip.models.qlip.modeling import QLIPModel
 from qlip.models.qlip.processing import QLIPProcessor
 
 SUFFIX = "_baseline"
-LEFT_OUT = ("rfid", "lpips_alex", "lpips_vgg")
+FROM_OUTSIDE = ("rfid", "lpips_alex", "lpips_vgg", "gfid")
+LEFT_OUT = (*FROM_OUTSIDE, *IN_CLIP)
 
 
 class MeasuredEvaluator(Protocol):
@@ -87,6 +92,8 @@ class EvalRequest:
     """Metrics that are not to be measured."""
     networks: Path | None = None
     """Folder of the weights of Inception and LPIPS."""
+    clip: Path | None = None
+    """Model that scores generated pictures against captions."""
     folder: Path | None = None
     """Work and result folder; None keeps all in memory and writes nothing."""
 
@@ -131,12 +138,14 @@ class EvalRequest:
 def warn_of_unused(request: EvalRequest) -> None:
     """Say which options have no effect on the protocols that were asked for."""
     asked = [find_protocol(name) for name in request.evals]
-    metrics = {metric for p in asked if isinstance(p.settings, ReconstructionSettings) for metric in p.settings.metrics}
+    with_metrics = (ReconstructionSettings, TextToImageSettings)
+    metrics = {metric for p in asked if isinstance(p.settings, with_metrics) for metric in p.settings.metrics}
     measured = metrics - set(request.leave_out)
     unused = {
-        "--reference": request.reference and not measured & set(FRECHET),
+        "--reference": request.reference and not measured & {*FRECHET, "gfid", "fd_clip"},
         "--train-data": request.train_data and not any(p.kind in ("linear_probe", "knn") for p in asked),
-        "--networks": request.networks and not measured & set(LEFT_OUT),
+        "--networks": request.networks and not measured & set(FROM_OUTSIDE),
+        "--clip": request.clip and not measured & set(IN_CLIP),
         "--labels": request.labels and not any(p.kind in ("zero_shot", "linear_probe", "knn") for p in asked),
     }
     unused |= {f"--leave-out {name}": name not in metrics for name in request.leave_out}
@@ -151,8 +160,11 @@ def result_folder(model: str | Path, *, root: str = "runs/eval") -> Path:
     return Path(root) / "-".join(parts[-2:] or ["model"])
 
 
-def build_evaluator(name: str, data: EvalInput) -> MeasuredEvaluator:
-    """The evaluation of that name. Raises `UserError` naming the nearest one when there is none."""
+def build_evaluator(name: str, data: EvalInput, *, clip: Path | None = None) -> MeasuredEvaluator:
+    """The evaluation of that name; `clip` is what generators are scored with.
+
+    Raises `UserError` naming the nearest one when there is none.
+    """
     protocol = find_protocol(name)
     if name == "scenes-zeroshot-v1":
         return SceneZeroShotEvaluator(protocol, data)
@@ -162,6 +174,8 @@ def build_evaluator(name: str, data: EvalInput) -> MeasuredEvaluator:
         "retrieval": RetrievalEvaluator,
         "linear_probe": LinearProbeEvaluator,
         "knn": KnnEvaluator,
+        "text_to_image": partial(TextToImageEvaluator, clip=clip),
+        "scene_prompts": SceneGenerationEvaluator,
     }
     return kinds[protocol.kind](protocol, data)
 
@@ -175,11 +189,11 @@ def run_evals(model: Path | str, request: EvalRequest, *, device: str = "auto") 
     warn_of_unused(request)
     place = pick_device(device)
     distributed.start(device_type=place.type)
-    data, measured = distributed.on_all_ranks(lambda: (request.open(), open_measured(model)))
+    data, measured = distributed.on_all_ranks(lambda: (request.open(), _opened(model)))
     measured.to(place)
     results: list[dict[str, Any]] = []
     for name in request.evals:
-        evaluator = build_evaluator(name, data)
+        evaluator = build_evaluator(name, data, clip=request.clip)
         figures = evaluator.run(measured, place)
         card = {"model": str(model), **evaluator.card()}
         kind = find_protocol(name).kind
@@ -188,6 +202,10 @@ def run_evals(model: Path | str, request: EvalRequest, *, device: str = "auto") 
             distributed.on_first_rank(partial(_write, request.folder, results, evaluator, measured, place))
     distributed.on_first_rank(data.clean_up)
     return results
+
+
+def _opened(model: Path | str) -> MeasuredModel | Generator:
+    return open_generator(model) if is_generator(model) else open_measured(model)
 
 
 def _write(

@@ -14,6 +14,7 @@ SCENES = "qlip.recipes.scenes"
 TOKENIZER = "qlip.recipes.tokenizer"
 BASELINES = "qlip.recipes.baselines"
 ABLATIONS = "qlip.recipes.ablations"
+DOWNSTREAM = "qlip.recipes.downstream"
 RECIPES = {  # name -> (module, one line); `qlip train --help` lists them in this order
     "scenes_tiny": (SCENES, "stage 1 on procedural scenes, two CPU cores, minutes"),
     "scenes_tiny_stage2": (SCENES, "stage 2 of the same: perceptual and adversarial, frozen encoder"),
@@ -41,6 +42,11 @@ RECIPES = {  # name -> (module, one line); `qlip train --help` lists them in thi
     "clip_b_16_small": (BASELINES, "CLIP for one GPU"),
     "recipe2_b_16_small": (BASELINES, "recipe 2, stage 1, for one GPU"),
     "recipe2_b_16_stage2_small": (BASELINES, "... stage 2"),
+    "scenes_t2i_tiny": (DOWNSTREAM, "text to image over the tokens of scenes_tiny_stage2, two CPU cores, minutes"),
+    "t2i_xl_256": (DOWNSTREAM, "LlamaGen-XL over the tokens of QLIP-B-16-256: 8 GPUs"),
+    "t2i_xl_256_bsqvit": (DOWNSTREAM, "... over those of BSQ-ViT"),
+    "t2i_xl_256_vqgan": (DOWNSTREAM, "... over those of LlamaGen's VQGAN"),
+    "t2i_xl_256_small": (DOWNSTREAM, "LlamaGen-B over QLIP's tokens, one GPU and a day"),
     "table3a_1_0": (ABLATIONS, "Table 3a, contrast to pixels 1:0; 32 GPUs, as all of Table 3"),
     "table3a_1_1": (ABLATIONS, "... 1:1"),
     "table3a_1_1e2": (ABLATIONS, "... 1:100"),

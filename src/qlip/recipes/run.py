@@ -14,37 +14,39 @@ import tyro
 from torch import Tensor, nn
 
 from qlip.core import distributed, pixels
-from qlip.core.config import differences, from_json, to_json
-from qlip.core.errors import RankError, UserError
+from qlip.core.config import from_json
+from qlip.core.errors import UserError
 from qlip.core.log import console
-from qlip.core.trackers import build_tracker
 from qlip.data.batches import DataConfig, training_loader
 from qlip.data.loaders import TrainingLoader
 from qlip.data.sources import open_source
 from qlip.engine.checkpoint import checkpoint_folders, load_module
-from qlip.engine.interfaces import Evaluator, Task, Tracker
-from qlip.engine.parallel import pick_device, pick_parallel
-from qlip.engine.run_folder import prepare_run_folder
+from qlip.engine.interfaces import Evaluator, Task
+from qlip.engine.parallel import pick_parallel
 from qlip.engine.trainer import TrainerConfig, train
 from qlip.evals import protocols
 from qlip.evals.collect import first_pictures
 from qlip.evals.run import EvalRequest, TrainingEvaluator
 from qlip.evals.sample_grid import reconstruction_grid, save_grid
-from qlip.models.qlip.loading import EXPORT_MARKER, save_model
+from qlip.models.qlip.loading import save_model
 from qlip.models.qlip.modeling import QLIPModel
 from qlip.models.qlip.processing import QLIPProcessor
 from qlip.models.qlip.tokenizer import text_tokenizer
-from qlip.recipes import RECIPES, find_recipe
-from qlip.recipes.endings import said_in_one_line
 from qlip.recipes.model import ModelConfig, fresh_model, model_from, with_quantizer
+from qlip.recipes.running import (
+    LEAST_OF_TRAINER,
+    device_type,
+    prepare_folder,
+    refuse_small,
+    said_once,
+    split_batch,
+    tracker_of,
+)
 from qlip.tasks.align import AlignConfig, AlignTask
 from qlip.tasks.reconstruct import ReconstructConfig, ReconstructTask
 
 LEAST = {
-    "trainer": {
-        **dict.fromkeys(("steps", "log_every", "save_every", "keep_checkpoints"), 1),
-        **dict.fromkeys(("eval_every", "images_every", "max_skipped_steps", "ema_decay"), 0),
-    },
+    "trainer": LEAST_OF_TRAINER,
     "data": {"batch_size": 1, "global_batch_size": 0, "num_workers": 0, "shuffle_buffer": 0},
 }
 DISCRIMINATOR_WEIGHTS = 28_864_129  # at 256 px; smaller ones need less
@@ -104,15 +106,17 @@ def run_recipe(config: RunConfig, *, folder: Path, accept_changes: bool = False)
     _refuse_impossible(config)
     pick_parallel(config.trainer.parallel)
     batch_size, micro_batches = split_batch(config.data, num_ranks=distributed.launched_processes())
-    distributed.start(device_type=_device_type(config))
+    distributed.start(device_type=device_type(config.trainer))
     torch.manual_seed(config.trainer.seed)  # equal weights and random numbers on all ranks
     model, processor = distributed.on_all_ranks(partial(_model_and_processor, config))
     export_folder = folder / "export"
-    if _prepare(folder, config, model, accept_changes=accept_changes):
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    extra = _extra_held(config)
+    if prepare_folder(folder, config, num_weights=weights, extra_held=extra, accept_changes=accept_changes):
         console.print(f"{folder} is finished ({config.trainer.steps} steps); its model is {export_folder}")
         return export_folder
     loader = distributed.on_all_ranks(partial(_loader, config, model, processor, folder))
-    try:
+    with said_once():
         train(
             _task(model, config),
             loader,
@@ -122,25 +126,11 @@ def run_recipe(config: RunConfig, *, folder: Path, accept_changes: bool = False)
             batch_size=batch_size,
             micro_batches=micro_batches,
             evaluators=_evaluators(config, processor),
-            tracker=partial(_tracker, config, folder),
+            tracker=tracker_of(config, folder),
             pictures=_pictures(config, model, folder) if config.trainer.images_every else None,
             export=partial(save_model, folder=export_folder, processor=processor, step=config.trainer.steps),
         )
-    except (UserError, RuntimeError, OSError) as error:
-        problem = said_in_one_line(error)
-        if problem is error:
-            raise
-        raise problem from error
     return export_folder
-
-
-def _device_type(config: RunConfig) -> str:
-    try:
-        return pick_device(config.trainer.device).type
-    except UserError as error:  # processes have not met yet, so each speaks for itself
-        if distributed.launched_processes() == 1:
-            raise
-        raise RankError(f"rank {distributed.launched_rank()}: {error}") from None
 
 
 def _loader(config: RunConfig, model: QLIPModel, processor: QLIPProcessor, folder: Path) -> TrainingLoader:
@@ -155,53 +145,16 @@ def _loader(config: RunConfig, model: QLIPModel, processor: QLIPProcessor, folde
     )
 
 
-def split_batch(data: DataConfig, *, num_ranks: int) -> tuple[int, int]:
-    """Samples per optimizer step over all ranks, and the micro-batches in which each rank reads its share.
-
-    Raises `UserError` when `global_batch_size` cannot be shared evenly.
-    """
-    at_once = data.batch_size * num_ranks
-    total = data.global_batch_size or at_once
-    if total % at_once:
-        fitting = [size for size in range(1, data.batch_size + 1) if total % (size * num_ranks) == 0]
-        remedy = f"take --data.batch-size {fitting[-1]}" if fitting else "start a number of processes that divides it"
-        raise UserError(
-            f"data.global_batch_size {total} is not a multiple of {num_ranks} processes x data.batch_size "
-            f"{data.batch_size}: {remedy}"
-        )
-    return total, total // at_once
-
-
-def _prepare(folder: Path, config: RunConfig, model: QLIPModel, *, accept_changes: bool) -> bool:
-    """Make or check the run folder, on rank 0 for all. Returns whether the run is finished already."""
-    weights = sum(parameter.numel() for parameter in model.parameters())
-    held = 3 * weights + (weights if config.trainer.ema_decay else 0)  # weights, two moments, average
-    if isinstance(config.task, ReconstructConfig) and config.task.gan_weight:
-        held += 3 * DISCRIMINATOR_WEIGHTS
-    checkpoint_bytes = 4 * held  # float32
-    finished = distributed.gather_objects(is_finished(folder, config))[0]  # rank 0's view: file systems may lag
-    base = find_recipe(config.recipe) if config.recipe in RECIPES else config  # a config of one's own has no recipe
-    prepare = partial(
-        prepare_run_folder,
-        folder,
-        to_json(config),
-        changes=differences(to_json(base), to_json(config)),
-        bytes_needed=checkpoint_bytes * (config.trainer.keep_checkpoints + 1) + 4 * weights,
-        accept_changes=accept_changes and not finished,  # config.json goes on describing the weights beside it
-    )
-    distributed.on_first_rank(prepare)
-    return finished
+def _extra_held(config: RunConfig) -> int:
+    """Numbers that a checkpoint holds of the discriminator."""
+    adversarial = isinstance(config.task, ReconstructConfig) and config.task.gan_weight
+    return 3 * DISCRIMINATOR_WEIGHTS if adversarial else 0
 
 
 def _task(model: QLIPModel, config: RunConfig) -> Task:
     if isinstance(config.task, AlignConfig):
         return AlignTask(model, config.task)
     return ReconstructTask(model, config.task)
-
-
-def _tracker(config: RunConfig, folder: Path, resume_step: int) -> Tracker:
-    name = config.trainer.tracker if distributed.rank() == 0 else "none"
-    return build_tracker(name, folder=folder, run_name=folder.name, config=to_json(config), resume_step=resume_step)
 
 
 def _pictures(config: RunConfig, model: QLIPModel, folder: Path) -> Callable[[nn.Module, int], Tensor]:
@@ -224,24 +177,11 @@ def _refuse_impossible(config: RunConfig) -> None:
             "no training data: add --data.train 'PATH/{00000..00009}.tar' (img2dataset shards), "
             "or make some with `qlip data scenes PATH --num 20000`"
         )
-    for part, least in LEAST.items():
-        for name, value in least.items():
-            if getattr(getattr(config, part), name) < value:
-                raise UserError(f"{part}.{name} is {getattr(getattr(config, part), name)}: give at least {value}")
-    if config.trainer.ema_decay >= 1:
-        raise UserError(f"trainer.ema_decay is {config.trainer.ema_decay}: give a number below 1, and 0 for no average")
-    if config.task.optimizer.lr < 0:
-        raise UserError(f"task.optimizer.lr is {config.task.optimizer.lr}: give 0 or more")
+    refuse_small(config, LEAST)
     if isinstance(config.task, ReconstructConfig) and config.task.r1_every < 1:
         raise UserError(f"task.r1_every is {config.task.r1_every}: give at least 1, and --task.r1-gamma 0 for no R1")
     if config.trainer.eval_every and not config.evals.data:
         raise UserError("trainer.eval_every has nothing to measure: add --evals.data PATH, or set it to 0")
-
-
-def is_finished(folder: Path, config: RunConfig) -> bool:
-    """Whether the run in `folder` has been trained to its last step and exported."""
-    marker = folder / "export" / EXPORT_MARKER
-    return marker.exists() and int(marker.read_text()) == config.trainer.steps
 
 
 def _evaluators(config: RunConfig, processor: QLIPProcessor) -> dict[str, Evaluator]:

@@ -99,19 +99,35 @@ def save_model(
     }
 
     def write(temporary: Path) -> None:
-        writers[layout](model, temporary)
-        processor.save_pretrained(temporary)
+        with quiet_transformers():
+            writers[layout](model, temporary)
+            processor.save_pretrained(temporary)
         training = f", trained for {step} steps with `qlip train`" if step else ""
         card = graphs_card(model, layout) if layout in ("onnx", "pt2") else model_card(model, training=training)
         (temporary / "README.md").write_text(card)
+
+    write_export(folder, write, step=step if layout == "qlip" else None)
+
+
+def write_export(
+    folder: Path, write: Callable[[Path], None], *, step: int | None, subfolders: tuple[str, ...] = ()
+) -> None:
+    """`write` fills a folder, with a README.md and `subfolders`; it is marked as an export, and of `step` if given.
+
+    It appears whole or not at all, and replaces an earlier export. Raises `UserError` for a folder that holds anything
+    else or cannot be written.
+    """
+
+    def write_all(temporary: Path) -> None:
+        write(temporary)
         (temporary / REPLACEABLE).touch()
         for file in temporary.iterdir():  # safetensors makes files that nobody else on the machine may read
-            file.chmod((temporary / "README.md").stat().st_mode)
-        if step is not None and layout == "qlip":
+            if file.is_file():
+                file.chmod((temporary / "README.md").stat().st_mode)
+        if step is not None:
             (temporary / EXPORT_MARKER).write_text(str(step))
 
-    with quiet_transformers():
-        _replace_folder(folder, write)
+    _replace_folder(folder, write_all, subfolders=subfolders)
 
 
 def _write_ours(model: QLIPModel, folder: Path) -> None:
@@ -128,9 +144,9 @@ def _write_official(model: QLIPModel, folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
+def _replace_folder(folder: Path, write: Callable[[Path], None], *, subfolders: tuple[str, ...]) -> None:
     """`write` fills a temporary folder that then takes this name; an earlier export moves out of the way first."""
-    if folder.is_file() or (folder.exists() and any(folder.iterdir()) and not _is_export(folder)):
+    if folder.is_file() or (folder.exists() and any(folder.iterdir()) and not _is_export(folder, subfolders)):
         raise UserError(f"{folder} exists and is no export of ours; choose another folder")
     temporary = folder.with_name(folder.name + ".tmp")
     earlier = folder.with_name(folder.name + ".old")
@@ -150,7 +166,7 @@ def _replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(earlier, ignore_errors=True)
 
 
-def _is_export(folder: Path) -> bool:
-    """Written by `save_model`, and no folder has been put beside its files since."""
+def _is_export(folder: Path, subfolders: tuple[str, ...]) -> bool:
+    """Written by `write_export`, and no folder but those of its kind has been put beside its files since."""
     marked = any((folder / name).is_file() for name in (REPLACEABLE, EXPORT_MARKER))
-    return marked and not any(path.is_dir() for path in folder.iterdir())
+    return marked and not any(path.is_dir() and path.name not in subfolders for path in folder.iterdir())

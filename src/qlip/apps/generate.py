@@ -1,0 +1,201 @@
+"""`qlip generate`: prompts -> pictures and a sheet, or the folders that GenEval and DPG-Bench read.
+
+OUT/<prompt>_0.png ...   OUT/sheet.png (a row for each prompt)   OUT/generation.json (settings, file, prompt, seed)
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from qlip.core.errors import UserError
+from qlip.core.log import ProgressLine, console, progress
+from qlip.engine.parallel import pick_device
+from qlip.engine.run_folder import make_writable
+from qlip.evals.benchmark_files import picture_seed, save_png, tiled
+from qlip.evals.dpg_bench import write_dpg
+from qlip.evals.geneval import write_geneval
+from qlip.models.caption_encoder import cleaned_prompt
+from qlip.models.generator import Generator, open_generator
+from qlip.models.sampling import SamplingConfig
+
+Benchmark = Literal["geneval", "dpg"]
+SHEET_SIDE = 256  # pixels that a picture of a sheet is enlarged to, in whole steps
+TEXT_HEIGHT = 22  # pixels of a prompt's line above its row
+LONGEST_STEM = 60  # characters of a prompt in a file's name
+
+
+def generate_pictures(
+    model: Path,
+    prompts: Sequence[str],
+    *,
+    num: int,
+    out: Path,
+    seed: int = 0,
+    sampling: dict[str, float | None],
+    batch_size: int = 16,
+    device: str = "auto",
+    caption_encoder: str = "",
+    preview: bool = False,
+) -> list[Path]:
+    """Write `num` pictures of every prompt and a sheet of all; returns the paths of the pictures.
+
+    `sampling` has fields of `SamplingConfig`, None for the model's own. Picture k of any prompt has the seed
+    `picture_seed(seed, prompt_index=0, sample_index=k)`, so it does not depend on what else is asked for. `preview`
+    keeps OUT/preview.png up to date while a batch is drawn. Raises `UserError` for empty prompts, impossible numbers,
+    and a folder that is no generator or cannot be written.
+    """
+    if not prompts:
+        raise UserError('no prompt given: qlip generate MODEL "a red star" --out DIR')
+    for name, value in (("--num", num), ("--batch-size", batch_size)):
+        if value < 1:
+            raise UserError(f"{name} is {value}: give at least 1")
+    texts = [cleaned_prompt(prompt) for prompt in prompts]
+    generator = _open(model, sampling, device=device, caption_encoder=caption_encoder)
+    _warn(generator, texts)
+    make_writable(out)
+    asked = [
+        (text, picture_seed(seed, prompt_index=0, sample_index=index), f"{stem}_{index}.png")
+        for text, stem in zip(texts, _stems(texts), strict=True)
+        for index in range(num)
+    ]
+    pictures: list[Tensor] = []
+    tokens = generator.model.config.num_tokens
+    with progress("generate", len(asked) * tokens, unit="tokens") as bar:
+        for first in range(0, len(asked), batch_size):
+            batch = asked[first : first + batch_size]
+            drawn = _draw(generator, batch, out, bar=bar, before=first * tokens, preview=preview)
+            pictures.extend(drawn)
+            for (_, _, name), picture in zip(batch, drawn, strict=True):
+                save_png(out / name, picture)
+    save_png(out / "sheet.png", sheet_of(pictures, texts, num=num))
+    (out / "preview.png").unlink(missing_ok=True)
+    record = {
+        "model": str(model),
+        **generator.identity(),
+        "sampling": generator.sampling,
+        "seed": seed,
+        "pictures": [{"file": name, "prompt": text, "seed": own_seed} for text, own_seed, name in asked],
+    }
+    (out / "generation.json").write_text(json.dumps(record, indent=1, ensure_ascii=False))
+    console.print(f"{len(asked)} pictures in {out}; side by side: {out / 'sheet.png'}")
+    return [out / name for _, _, name in asked]
+
+
+def generate_benchmark(
+    model: Path,
+    benchmark: Benchmark,
+    prompts: Path,
+    *,
+    out: Path,
+    num: int = 4,
+    seed: int = 0,
+    sampling: dict[str, float | None],
+    batch_size: int = 16,
+    device: str = "auto",
+    caption_encoder: str = "",
+) -> None:
+    """Write the pictures of a benchmark exactly as its scorer reads them; finished ones are kept on a second run.
+
+    Raises `UserError` as `write_geneval` and `write_dpg` do.
+    """
+    if benchmark == "dpg" and num != 4:
+        raise UserError(f"--num is {num}, but a picture of DPG-Bench has 4 tiles: leave --num out")
+    generator = _open(model, sampling, device=device, caption_encoder=caption_encoder)
+    settings: dict[str, Any] = {**generator.identity(), "sampling": generator.sampling}
+
+    def generate(texts: list[str], seeds: list[int]) -> Tensor:
+        return generator.generate(texts, seeds=seeds)
+
+    options: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "settings": settings}
+    if benchmark == "geneval":
+        found = write_geneval(generate, prompts, out, num_samples=num, **options)
+        console.print(f"{found.num_pictures} pictures of {len(found.pictures)} prompts in {out}, as GenEval reads them")
+        return
+    written = write_dpg(generate, prompts, out, **options)
+    console.print(
+        f"{written.num_prompts} pictures in {out}, as DPG-Bench reads them: score with "
+        f"--resolution {written.resolution} --pic-num {written.num_tiles}"
+    )
+
+
+def _open(model: Path, sampling: dict[str, float | None], *, device: str, caption_encoder: str) -> Generator:
+    """The generator on its device, with the model's own guidance unless told."""
+    place = pick_device(device)
+    given: dict[str, Any] = {name: value for name, value in sampling.items() if value is not None}
+    SamplingConfig(**given).check()
+    generator = open_generator(model, caption_encoder=caption_encoder)
+    generator.settings = SamplingConfig(**({"guidance": generator.model.config.guidance} | given))
+    generator.to(place)
+    return generator
+
+
+def _warn(generator: Generator, texts: list[str]) -> None:
+    """Say which prompts the model reads in part only."""
+    for text in texts:
+        cut = generator.captions.num_cut(text)
+        shown = text if len(text) <= LONGEST_STEM else f"{text[:LONGEST_STEM]}..."
+        if cut:
+            console.print(
+                f"{shown!r}: the last {cut} of its tokens are not read, the model takes {generator.captions.length}"
+            )
+        if generator.captions.has_unknown(text):
+            console.print(f"{shown!r}: some of its characters are unknown to the caption encoder")
+
+
+def _draw(
+    generator: Generator,
+    batch: Sequence[tuple[str, int, str]],
+    out: Path,
+    *,
+    bar: ProgressLine,
+    before: int,
+    preview: bool,
+) -> Tensor:
+    """Pictures (b, 3, S, S) uint8 of one batch, on the CPU."""
+    columns = generator.model.config.grid[1]
+
+    def report(done: int, bits: Tensor) -> None:
+        bar.update(before + done * len(batch))
+        if preview and done % columns == 0:
+            save_png(out / "preview.png", tiled(generator.tokenizer.decode(bits).cpu(), columns=len(bits)))
+
+    bits = generator.bits([text for text, _, _ in batch], seeds=[seed for _, seed, _ in batch], on_tokens=report)
+    return generator.tokenizer.decode(bits).cpu()
+
+
+def _stems(texts: list[str]) -> list[str]:
+    """A file name for each prompt: its words, or its place where it has none that a file may be called by."""
+    stems: list[str] = []
+    for place, text in enumerate(texts):
+        words = re.sub(r"\W+", "-", text.lower()).strip("-")[:LONGEST_STEM].strip("-")
+        while len(words.encode()) > 2 * LONGEST_STEM:  # file systems count bytes
+            words = words[:-1]
+        stem = words or f"prompt-{place}"
+        stems.append(stem if stem not in stems and stem not in ("sheet", "preview") else f"{stem}-{place}")
+    return stems
+
+
+def sheet_of(pictures: Sequence[Tensor], texts: Sequence[str], *, num: int) -> Tensor:
+    """`num` pictures (3, S, S) uint8 of each text -> (3, H, W) uint8: a line of text above each row of pictures."""
+    side = pictures[0].shape[-1]
+    scaled = side * max(1, SHEET_SIDE // side)
+    sheet = Image.new("RGB", (num * scaled, len(texts) * (scaled + TEXT_HEIGHT)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
+    for row, text in enumerate(texts):
+        top = row * (scaled + TEXT_HEIGHT)
+        draw.text((4, top + 3), text, fill="black", font=font)
+        for column, picture in enumerate(pictures[row * num : (row + 1) * num]):
+            tile = Image.fromarray(rearrange(picture, "c h w -> h w c").contiguous().numpy())
+            tile = tile.resize((scaled, scaled), Image.Resampling.NEAREST)
+            sheet.paste(tile, (column * scaled, top + TEXT_HEIGHT))
+    return rearrange(torch.from_numpy(np.array(sheet)), "h w c -> c h w")

@@ -1,0 +1,126 @@
+"""What a protocol may choose for each kind of evaluation: settings as data, every field said with its effect."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Position = Literal["cls", "mean", "cls+mean"]
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Preparation:
+    """How a picture becomes the square of 8-bit pixels that every model is given."""
+
+    size: int = 0
+    """Side S in pixels; 0 is the model's own."""
+    filter: str = "bicubic"
+    """Of `data/transforms.FILTERS`; all of them are Pillow's, so antialiased."""
+    crop: Literal["centre", "squash"] = "centre"
+    """Shortest side to S and the centre square, or both sides to S."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class ReconstructionSettings:
+    """Encode, decode, compare."""
+
+    metrics: tuple[str, ...] = ("psnr", "ssim", "lpips_alex", "rfid")
+    """Of psnr, ssim, lpips_alex, lpips_vgg, rfid; and encoder_distance, fd_encoder in the model's own encoder."""
+    rounding: Literal["round", "truncate"] = "round"
+    """How reconstructions become 8-bit pixels."""
+    mean_picture: bool = False
+    """Also score the mean picture of the data, as a baseline. Holds all originals: for small data."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class ZeroShotSettings:
+    """Class prompts -> accuracy."""
+
+    class_names: Literal["data", "imagenet", "scenes"] = "data"
+    """The data's own names (or `--labels`), open_clip's 1,000 ImageNet names, or colours and shapes of scenes."""
+    templates: Literal["openai80", "simple7", "scenes"] = "simple7"
+    """open_clip's 80 ImageNet templates, its 7 simple ones, or those of `evals/scene_zero_shot.py`."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class RetrievalSettings:
+    """Image to text and text to image among all pictures of the data."""
+
+    captions_per_image: int = 5
+    """The first so many captions of a picture are used."""
+    ranks: tuple[int, ...] = (1, 5, 10)
+    """K of R@K."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class LinearProbeSettings:
+    """A linear classifier on frozen features (Table 11)."""
+
+    positions: tuple[Position, ...] = ("cls", "mean", "cls+mean")
+    """Pooled CLS, mean of the patch states before the quantizer, both side by side (Table 10)."""
+    label: Literal["class", "shape"] = "class"
+    """The data's classes, or the shape of the only object of a scene."""
+    epochs: int = 10
+    """Passes over the training pictures."""
+    warmup_epochs: int = 1
+    """Linear warm-up, then cosine to zero."""
+    batch_size: int = 1024
+    """Pictures per step."""
+    lr: float = 0.2
+    """Peak rate of AdamW with betas (0.9, 0.999), without decay."""
+    batch_norm: bool = True
+    """Normalise features by batch statistics, without an affine map, before the classifier."""
+    train_views: int = 10
+    """Random crops with flips of each training picture that are embedded and cached, one after the other for the
+    epochs; 0 takes the evaluation's centre crop. Epoch e trains on view e modulo their number."""
+    max_train_samples: int = 0
+    """Train on the first so many pictures; 0 takes all."""
+    seed: int = 0
+    """Of crops, order and start."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class KnnSettings:
+    """Weighted nearest neighbours among the training pictures, by cosine (DINO, arXiv 2104.14294, and before it
+    arXiv 1805.01978)."""
+
+    positions: tuple[Position, ...] = ("cls", "mean")
+    """As for the linear probe."""
+    label: Literal["class", "shape"] = "class"
+    """As for the linear probe."""
+    neighbours: int = 20
+    """k."""
+    temperature: float = 0.07
+    """A neighbour's vote weighs exp(cosine / temperature)."""
+    max_train_samples: int = 0
+    """Look among the first so many pictures; 0 takes all."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class TextToImageSettings:
+    """Pictures generated from captions, against real ones and against their captions (Table 12)."""
+
+    metrics: tuple[str, ...] = ("gfid", "clip_cosine", "clipscore")
+    """Of gfid, over Inception; and, in the CLIP of `--clip`, fd_clip, clip_cosine, clipscore."""
+    num_captions: int = 0
+    """Pictures of the data that are drawn, one caption of each; 0 takes all that have captions."""
+    prefix: str = ""
+    """Before each caption when it is compared with the picture; the generator is given the caption alone."""
+    clip: Literal["any", "ViT-B/32"] = "any"
+    """Which CLIP must be given: any model that scores texts, or CLIP of 224 pixels in patches of 32."""
+    seed: int = 0
+    """Of the draw and of the pictures."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class ScenePromptSettings:
+    """GenEval's six categories in the language of scenes, judged by `evals/scenes.py`."""
+
+    num_per_category: int = 50
+    """Prompts of each category."""
+    num_samples: int = 4
+    """Pictures per prompt."""
+    num_records: int = 1000
+    """Scenes of the data, the first so many, that chance is worked out with."""
+    seed: int = 0
+    """Of prompts and pictures."""

@@ -48,7 +48,7 @@ def evaluate(
         train_data: What linear probe and k-NN learn from.
         reference: Other pictures to take Frechet distances against than the originals.
         max_samples: Score the first so many pictures; 0 scores all.
-        leave_out: Metrics not to measure: rfid, lpips_alex, lpips_vgg.
+        leave_out: Metrics not to measure: rfid, gfid, lpips_alex, lpips_vgg, fd_clip, clip_cosine, clipscore.
         networks: Folder with the weights of Inception and LPIPS; torch's hub cache if not given.
         clip: CLIP folder that scores generated pictures against captions.
         out: Folder for results, a row per picture, the worst pictures; runs/eval/NAME if not given.

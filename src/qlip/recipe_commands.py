@@ -6,9 +6,14 @@ They parse their own arguments; what each prints without a recipe is here.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qlip.core.arguments import parse_arguments
+from qlip.core.errors import UserError
 from qlip.recipes import RECIPES, find_recipe
+
+if TYPE_CHECKING:
+    from qlip.recipes.run import RunConfig
 
 TRAIN_HELP = """usage: qlip train RECIPE [--out FOLDER] [--accept-changes] [--field value ...]
 
@@ -83,7 +88,7 @@ def balance(arguments: list[str]) -> None:
         print(BALANCE_HELP)
         return
     name = arguments[0]
-    base = find_recipe(name)
+    base = _tokenizer_recipe(name, "balance")
     from qlip.apps.balance import BalanceOptions, run_balance
     from qlip.core.distributed import stop
 
@@ -99,7 +104,17 @@ def check(arguments: list[str]) -> None:
         print(CHECK_HELP)
         return
     name = arguments[0]
-    base = find_recipe(name)
+    base = _tokenizer_recipe(name, "check")
     from qlip.apps.check import CheckOptions, run_check
 
     run_check(parse_arguments(CheckOptions, arguments[1:], prog=f"qlip check {name}", default=CheckOptions(run=base)))
+
+
+def _tokenizer_recipe(name: str, command: str) -> RunConfig:
+    """A recipe that trains a tokenizer. Raises `UserError` for others and unknown names."""
+    base = find_recipe(name)
+    if base.task.kind == "next_token":
+        raise UserError(
+            f"`qlip {command}` knows recipes of tokenizers, and {name} trains a text-to-image model over one"
+        )
+    return base

@@ -101,13 +101,34 @@ def generate(
     from qlip.apps.generate import generate_benchmark, generate_pictures
     from qlip.core.errors import UserError
 
-    options = {"num": num, "out": out, "seed": seed, "batch_size": batch_size, "device": device}
     sampling = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     if benchmark == "none":
         if prompts is not None:
             raise UserError("--prompts is read for a benchmark: add --benchmark geneval or dpg")
-        generate_pictures(model, prompt, sampling=sampling, caption_encoder=caption_encoder, preview=preview, **options)
+        generate_pictures(
+            model,
+            prompt,
+            num=num,
+            out=out,
+            seed=seed,
+            sampling=sampling,
+            batch_size=batch_size,
+            device=device,
+            caption_encoder=caption_encoder,
+            preview=preview,
+        )
         return
     if prompts is None or prompt:
         raise UserError(f"--benchmark {benchmark} takes its prompts from its files: give --prompts PATH, no prompt")
-    generate_benchmark(model, benchmark, prompts, sampling=sampling, caption_encoder=caption_encoder, **options)
+    generate_benchmark(
+        model,
+        benchmark,
+        prompts,
+        num=num,
+        out=out,
+        seed=seed,
+        sampling=sampling,
+        batch_size=batch_size,
+        device=device,
+        caption_encoder=caption_encoder,
+    )

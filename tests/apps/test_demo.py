@@ -9,7 +9,7 @@ import torch
 
 from qlip.apps.demo import EVALS, Timings, results_of
 from qlip.models.qlip.fingerprint import model_fingerprint
-from qlip.models.qlip.loading import save_model
+from qlip.models.qlip.loading import load_model, save_model
 from qlip.models.qlip.modeling import QLIPModel
 from qlip.models.qlip.processing import QLIPProcessor
 from qlip.recipes.model import ModelConfig, TowerSize
@@ -22,17 +22,18 @@ def test_results_of_other_weights_are_measured_again(tmp_path: Path) -> None:
     model, processor = QLIPModel(sizes.build_config()), QLIPProcessor.for_size(16)
     export, file = tmp_path / "export", tmp_path / "stage1.json"
     save_model(model, folder=export, processor=processor, step=1)
-    assert results_of(file, export) is None
+    fingerprint = model_fingerprint(load_model(export))
+    assert results_of(file, fingerprint, EVALS) is None
     card = {"model_fingerprint": model_fingerprint(model)}
     results = [{"eval": "x", "figures": {}, "card": card | {"protocol": protocol}} for protocol in EVALS]
     file.write_text(json.dumps(results[1:]))
-    assert results_of(file, export) is None  # an earlier version measured less
+    assert results_of(file, fingerprint, EVALS) is None  # an earlier version measured less
     file.write_text(json.dumps(results))
-    assert results_of(file, export) == results
+    assert results_of(file, fingerprint, EVALS) == results
     with torch.no_grad():
         model.vision_decoder.conv_out.bias[0] += 1
     save_model(model, folder=export, processor=processor, step=1)
-    assert results_of(file, export) is None
+    assert results_of(file, model_fingerprint(load_model(export)), EVALS) is None
 
 
 def test_timings_add_up_over_starts_and_the_peak_stays(tmp_path: Path) -> None:

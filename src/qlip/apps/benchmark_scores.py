@@ -12,7 +12,7 @@ from qlip.core.errors import UserError
 from qlip.core.log import console
 from qlip.evals import dpg_bench, geneval
 
-PAPER = {  # Tables 7, 12 and 13; shares
+PAPER: dict[str, dict[str, tuple[float, ...]]] = {  # Tables 7, 12 and 13; shares
     "geneval": {
         "VQGAN": (0.32, 0.69, 0.36, 0.20, 0.57, 0.06, 0.02),
         "BSQ-ViT-B/16": (0.31, 0.77, 0.26, 0.13, 0.56, 0.05, 0.06),

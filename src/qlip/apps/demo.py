@@ -1,6 +1,7 @@
-"""`qlip demo`: scenes -> stage 1 -> stage 2 -> evaluations -> report.html, with the code that trains the paper's sizes.
+"""`qlip demo`: scenes -> stage 1 -> stage 2 -> text to image -> report.html, with the code of the paper's sizes.
 
-    OUT/data/{train,test}  OUT/stage1  OUT/stage2  OUT/results/*.json  OUT/report.html
+    OUT/data/{train,test}  OUT/stage1  OUT/stage2  OUT/tokens  OUT/text_to_image  OUT/pictures  OUT/results/*.json
+    OUT/report.html
 
 Every part is skipped when its output is already there, so a stopped demo goes on where it stopped.
 """
@@ -18,16 +19,25 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from qlip.apps.generate import generate_pictures
 from qlip.apps.report import write_report
+from qlip.apps.tokenize import tokenize_images
 from qlip.core.log import console
 from qlip.data.scene_shards import write_scene_shards
 from qlip.data.scenes import SceneConfig
 from qlip.evals.run import EvalRequest, print_results, run_evals, write_results
+from qlip.models.generator import open_generator
 from qlip.models.qlip.fingerprint import model_fingerprint
 from qlip.models.qlip.loading import load_model
 from qlip.recipes import find_recipe
+from qlip.recipes.downstream import scenes_t2i_tiny
+from qlip.recipes.generation_run import run_generation
 from qlip.recipes.run import RunConfig, run_recipe
 
+PROMPTS = ("a star", "a red circle", "a blue square", "a heart and a ring")  # what the generator is shown by
+NUM_TOKENIZED = 20_000  # scenes that the generator learns from
+GENERATOR_STEPS = 700  # a quarter of the recipe's: the demo should be over in a quarter of an hour
+GENERATION_EVAL = "scenes-geneval-v1"
 EVALS = ("scenes-reconstruction-v1", "scenes-zeroshot-v1", "scenes-linear-v1", "scenes-knn20-v1")
 TRAIN_OBJECT_COUNTS = (0.85, 0.05, 0.05, 0.05)  # mostly single objects: their captions teach shapes soonest
 
@@ -85,6 +95,7 @@ def run_demo(out: Path, *, train_scenes: int, test_scenes: int, seed: int) -> No
         write_scene_shards(test_data, num=test_scenes, split="test", config=test_config)
     for name, config in (("stage1", stage1), ("stage2", stage2)):
         _train_and_evaluate(out, name, config, train_data, test_data, seed=seed, timings=timings)
+    _text_to_image(out, train_data, test_data, seed=seed, timings=timings)
     with timings.part("report"):
         report = write_report(out)
     console.print(
@@ -92,14 +103,13 @@ def run_demo(out: Path, *, train_scenes: int, test_scenes: int, seed: int) -> No
     )
 
 
-def results_of(result_file: Path, export: Path) -> list[dict[str, Any]] | None:
+def results_of(result_file: Path, fingerprint: str, evals: tuple[str, ...]) -> list[dict[str, Any]] | None:
     """Results written earlier, if they are all there and of these very weights; None when they must be measured."""
     if not result_file.exists():
         return None
     results = json.loads(result_file.read_text())
-    fingerprint = model_fingerprint(load_model(export))
     of_these_weights = all(result["card"]["model_fingerprint"] == fingerprint for result in results)
-    complete = {result["card"].get("protocol") for result in results} == set(EVALS)
+    complete = {result["card"].get("protocol") for result in results} == set(evals)
     return results if of_these_weights and complete else None
 
 
@@ -112,14 +122,29 @@ def _train_and_evaluate(
         config.task.init = str(out / "stage1" / "export")
     with timings.part(f"{name} training"):
         export = run_recipe(config, folder=out / name)
+    _evaluate(out, name, export, model_fingerprint(load_model(export)), EVALS, train_data, test_data, timings=timings)
+
+
+def _evaluate(
+    out: Path,
+    name: str,
+    export: Path,
+    fingerprint: str,
+    evals: tuple[str, ...],
+    train_data: Path,
+    test_data: Path,
+    *,
+    timings: Timings,
+) -> None:
+    """Print the figures of an export, measured now unless they have been."""
     result_file = out / "results" / f"{name}.json"
-    results = results_of(result_file, export)
+    results = results_of(result_file, fingerprint, evals)
     if results is None:
         with timings.part(f"{name} evaluation"):
             request = EvalRequest(
                 data=str(test_data),
-                train_data=str(train_data),
-                evals=EVALS,
+                train_data=str(train_data) if evals == EVALS else "",
+                evals=evals,
                 max_samples=2000,
                 folder=out / "results" / name,
             )
@@ -127,3 +152,21 @@ def _train_and_evaluate(
         write_results(result_file, results)
     console.print(f"{name}:")
     print_results(results)
+
+
+def _text_to_image(out: Path, train_data: Path, test_data: Path, *, seed: int, timings: Timings) -> None:
+    """Tokens of the stage-2 model, a generator over them, its figures, and pictures of `PROMPTS`."""
+    name, tokenizer = "text_to_image", out / "stage2" / "export"
+    config = scenes_t2i_tiny()
+    config.tokenizer, config.data.tokens = str(tokenizer), str(out / "tokens")
+    config.trainer.steps, config.trainer.seed = GENERATOR_STEPS, seed
+    with timings.part("tokens"):
+        tokenize_images(
+            tokenizer, str(train_data), out / "tokens", caption_fields=("prompts",), max_samples=NUM_TOKENIZED
+        )
+    with timings.part(f"{name} training"):
+        export = run_generation(config, folder=out / name)
+    fingerprint = open_generator(export).identity()["model_fingerprint"]
+    _evaluate(out, name, export, fingerprint, (GENERATION_EVAL,), train_data, test_data, timings=timings)
+    with timings.part("pictures"):
+        generate_pictures(export, PROMPTS, num=4, out=out / "pictures", seed=seed, sampling={})

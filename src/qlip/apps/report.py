@@ -18,6 +18,7 @@ import jinja2
 from markupsafe import Markup
 
 from qlip.apps.report_folder import Stage, read_json, read_stages, run_facts
+from qlip.apps.report_generation import generation_of
 from qlip.apps.report_pictures import data_uri, look, write_grid
 from qlip.apps.report_plots import accuracy_bars, bit_bars, confusion, curve
 from qlip.apps.report_words import Words, figure_words, format_duration, format_figure, term_words
@@ -83,6 +84,7 @@ def write_report(folder: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    generation = generation_of(folder)
     timings = read_json(folder / "results" / "timings.json", default={})
     page = environment.get_template(TEMPLATE).render(
         folder=folder.resolve().name,
@@ -95,6 +97,7 @@ def write_report(folder: Path) -> Path:
         baselines={title: baseline_name(stages, name) for name, title in EVALUATIONS.items()},
         paper_tables=paper_tables(folder, stages),
         zero_shot=zero_shot_plots(stages),
+        generation=generation,
         bits=bit_plots(stages),
         runs=[run_facts(stage) for stage in stages],
         parts={name: format_duration(value) for name, value in timings.items() if is_seconds(name, value)},
@@ -102,7 +105,7 @@ def write_report(folder: Path) -> Path:
         peak_memory_gb=timings.get("peak_memory_gb"),
         machine=timings.get("machine", {}),
         commands=commands(folder.resolve(), stages),
-        cards=protocol_cards(stages),
+        cards=protocol_cards(stages) + ([("text to image", generation.card)] if generation and generation.card else []),
     )
     path = folder / "report.html"
     try:

@@ -84,7 +84,7 @@ def make_scalars_vectors(modules: nn.Module) -> None:
                 setattr(module, name, vector)
 
 
-def block_stacks(module: nn.Module) -> list[nn.Module]:
+def block_stacks(module: nn.Module) -> list[BlockStack | LlamaModel]:
     """Modules that hold transformer blocks as `layers`: our towers' and those of transformers' language models."""
     return [part for part in module.modules() if isinstance(part, BlockStack | LlamaModel)]
 

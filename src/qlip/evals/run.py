@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from rich.table import Table
@@ -42,7 +42,7 @@ from qlip.evals.scene_generation import SceneGenerationEvaluator
 from qlip.evals.scene_zero_shot import SceneZeroShotEvaluator
 from qlip.evals.text_to_image import TextToImageEvaluator
 from qlip.evals.zero_shot import ZeroShotEvaluator
-from qlip.models.generator import Generator, is_generator, open_generator
+from qlip.models.generator import is_generator, open_generator
 from qlip.models.measured import MeasuredModel, MeasuredQLIP
 from qlip.models.opening import open_measured
 from qlip.models.qlip.modeling import QLIPModel
@@ -204,8 +204,9 @@ def run_evals(model: Path | str, request: EvalRequest, *, device: str = "auto") 
     return results
 
 
-def _opened(model: Path | str) -> MeasuredModel | Generator:
-    return open_generator(model) if is_generator(model) else open_measured(model)
+def _opened(model: Path | str) -> MeasuredModel:
+    """A model to be measured, or a generator, which evaluations that it cannot pass refuse."""
+    return cast(MeasuredModel, open_generator(model)) if is_generator(model) else open_measured(model)
 
 
 def _write(

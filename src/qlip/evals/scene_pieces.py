@@ -65,7 +65,8 @@ def standing_out(difference: Tensor, share: Tensor) -> Tensor:
     contrast = ((difference - grey).square().sum(1) + GREY_WEIGHT**2 * 3 * grey[:, 0].square()).sqrt()
     reach = round(PEAK_REACH * contrast.shape[-1])
     calm = torch.nn.functional.avg_pool2d(contrast, 3, stride=1, padding=1)
-    peak = torch.nn.functional.max_pool2d(calm, 2 * reach + 1, stride=1, padding=reach)
+    peak = torch.nn.functional.max_pool2d(calm, (2 * reach + 1, 1), stride=1, padding=(reach, 0))
+    peak = torch.nn.functional.max_pool2d(peak, (1, 2 * reach + 1), stride=1, padding=(0, reach))
     return (contrast > CONTRAST) & ((share > 0.5) | (contrast > RELATIVE_CONTRAST * peak))
 
 
@@ -87,10 +88,12 @@ def connected(mask: Tensor, *, kinds: Tensor | None = None) -> Tensor:
         for index, around in enumerate(_neighbours(labels)):
             spread = torch.maximum(spread, around if alike is None else around * alike[index])
         spread = spread * mask
-        jumped = torch.nn.functional.pad(spread.flatten(), (1, 0))[spread]  # to the label of the label's own pixel
-        if torch.equal(jumped, labels):
+        if torch.equal(spread, labels):
             return labels
-        labels = jumped
+        # A label is the number of one pixel of its piece: what any of its pixels has met becomes the label of all.
+        met = torch.zeros(mask.numel() + 1, dtype=torch.long)
+        met.scatter_reduce_(0, labels.flatten(), spread.flatten(), "amax")
+        labels = met[met[labels]]
 
 
 def eroded(mask: Tensor) -> Tensor:

@@ -135,8 +135,8 @@ def _measured(labels: Tensor, pictures: Tensor, difference: Tensor) -> _Pieces:
     share = torch.einsum("oc,ochw->ohw", step, different) / length
     aside = different.square().sum(1) - length * share.square()  # squared distance from the line between the two
     strange = region & ((share < 0.2) | (aside > STRANGE**2 * length))
-    around = torch.nn.functional.max_pool2d(region[:, None].float(), 5, stride=1, padding=2)[:, 0] > 0
-    covered = share.clamp(0, 1) * (around & ((labels[picture] == 0) | region))
+    around = dilated(dilated(region)) & (labels[picture] == 0)  # where its edge fades out
+    covered = share.clamp(0, 1) * (region | around)
     match = match_shapes(covered)
     return _Pieces(
         picture=picture,

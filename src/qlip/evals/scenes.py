@@ -231,7 +231,7 @@ def _objects_wanted(prompt: dict) -> list[dict]:
 def _place_wanted(prompt: dict) -> str:
     """How the second object must lie to the first; empty where the prompt leaves it open."""
     places = [(i, clause["position"]) for i, clause in enumerate(prompt["include"]) if "position" in clause]
-    if places and (len(prompt["include"]) != 2 or [1, 0] != [places[0][0], places[0][1][1]]):
+    if places and (len(prompt["include"]) != 2 or [places[0][0], places[0][1][1]] != [1, 0]):
         raise UserError(f"{prompt['prompt']!r:.60} places objects in another way: take prompts of `scene_prompts`")
     return places[0][1][0] if places else ""
 

@@ -115,9 +115,7 @@ def open_generator(
     """
     folder = Path(source)
     if not is_generator(folder):
-        raise UserError(
-            f"{source} holds no text-to-image model: give the export folder of `qlip train scenes_t2i_tiny`"
-        )
+        raise UserError(f"{source} holds no text-to-image model: give the export of `qlip train scenes_t2i_tiny`")
     read_headers([folder / WEIGHTS])
     try:
         with quiet_transformers():

@@ -42,10 +42,10 @@ class TextToImageConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     dropout: float = 0.1  # of input embeddings, attention outputs and feed-forward outputs, as LlamaGen's
-    grid: list[int] | None = None  # rows and columns of tokens
+    grid: Any = None  # rows and columns of tokens, [16, 16] if not given
     num_bits: int = 28
     head: str = "flat"  # or depth, bitwise
-    division: list[int] | None = None  # bits of each sub-code; halves if not given
+    division: Any = None  # bits of each sub-code as a list; halves if not given
     depth_layers: int = 4  # blocks of the depth head
     bit_flips: float = 0.0  # bitwise head: up to this share of the history is flipped in training
     caption_encoder: str = "t5"  # or qlip (text tower of the tokenizer), learned (a table trained with the model)

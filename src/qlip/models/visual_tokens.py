@@ -4,11 +4,11 @@ A token is cut into K sub-codes ("division": 28 = 14 + 14, or 4 x 7), the first 
 (`quantizers/ids.py`). Three heads share one interface (`VisualHead`); what one position of the sequence holds is a
 *piece* of `w` integers:
 
-| head    | positions a token | w | parameters in, out (width d)            | what it costs                             |
-|---------|-------------------|---|-----------------------------------------|-------------------------------------------|
-| flat    | K                 | 1 | d sum 2^l_j each                        | K times the sequence, steps and cache     |
-| depth   | 1                 | K | the same, and a few blocks of width d   | K small steps of the head for each token  |
-| bitwise | 1                 | L | d (L + 1) each                          | cheapest; bits independent given the past |
+| head    | positions a token | w | parameters in, out (width d)          | what it costs                             |
+|---------|-------------------|---|---------------------------------------|-------------------------------------------|
+| flat    | K                 | 1 | d sum 2^l_j each                      | K times the sequence, steps and cache     |
+| depth   | 1                 | K | the same, and a few blocks of width d | K small steps of the head for each token  |
+| bitwise | 1                 | L | d (L + 1) each                        | cheapest; bits independent given the past |
 
 At width 1280, 256 patches and 2 x 14 bits: flat is 512 positions and 83.9M parameters in both tables, depth 256
 positions and 165.2M with four blocks (82.6M with 4 x 7 bits), bitwise 256 positions and 0.07M.

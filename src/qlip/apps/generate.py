@@ -86,7 +86,7 @@ def generate_pictures(
         "seed": seed,
         "pictures": [{"file": name, "prompt": text, "seed": own_seed} for text, own_seed, name in asked],
     }
-    (out / "generation.json").write_text(json.dumps(record, indent=1, ensure_ascii=False))
+    (out / "generation.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
     console.print(f"{len(asked)} pictures in {out}; side by side: {out / 'sheet.png'}")
     return [out / name for _, _, name in asked]
 
@@ -185,10 +185,13 @@ def _stems(texts: list[str]) -> list[str]:
     return stems
 
 
-def sheet_of(pictures: Sequence[Tensor], texts: Sequence[str], *, num: int) -> Tensor:
-    """`num` pictures (3, S, S) uint8 of each text -> (3, H, W) uint8: a line of text above each row of pictures."""
-    side = pictures[0].shape[-1]
-    scaled = side * max(1, SHEET_SIDE // side)
+def sheet_of(pictures: Sequence[Tensor], texts: Sequence[str], *, num: int, side: int = SHEET_SIDE) -> Tensor:
+    """`num` pictures (3, S, S) uint8 of each text -> (3, H, W) uint8: a line of text above each row of pictures.
+
+    Pictures smaller than `side` are enlarged in whole steps.
+    """
+    own = pictures[0].shape[-1]
+    scaled = own * max(1, side // own)
     sheet = Image.new("RGB", (num * scaled, len(texts) * (scaled + TEXT_HEIGHT)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
     for row, text in enumerate(texts):

@@ -81,19 +81,23 @@ def connected(mask: Tensor, *, kinds: Tensor | None = None) -> Tensor:
 
     Pixels connect along their sides, and with `kinds` (b, h, w) only where these are equal.
     """
-    labels = torch.arange(1, mask.numel() + 1).reshape(mask.shape) * mask
-    alike = None if kinds is None else [kind == kinds + 1 for kind in _neighbours(kinds + 1)]
+    kinds = torch.zeros_like(mask) if kinds is None else kinds
+    beside = mask[:, :, 1:] & mask[:, :, :-1] & (kinds[:, :, 1:] == kinds[:, :, :-1])
+    below = mask[:, 1:] & mask[:, :-1] & (kinds[:, 1:] == kinds[:, :-1])
+    starts = mask & ~torch.nn.functional.pad(beside, (1, 0))
+    runs = starts.flatten().cumsum(0).reshape(mask.shape) * mask  # pixels side by side in a row are one run
+    upper, lower = runs[:, :-1][below], runs[:, 1:][below]
+    label = torch.arange(int(runs.max()) + 1)  # of each run; touching runs get the larger label until all agree
     while True:
-        spread = labels
-        for index, around in enumerate(_neighbours(labels)):
-            spread = torch.maximum(spread, around if alike is None else around * alike[index])
-        spread = spread * mask
-        if torch.equal(spread, labels):
-            return labels
-        # A label is the number of one pixel of its piece: what any of its pixels has met becomes the label of all.
-        met = torch.zeros(mask.numel() + 1, dtype=torch.long)
-        met.scatter_reduce_(0, labels.flatten(), spread.flatten(), "amax")
-        labels = met[met[labels]]
+        ends = label[upper], label[lower]
+        larger = torch.maximum(*ends)
+        joined = label.clone()
+        for end in ends:
+            joined.scatter_reduce_(0, end, larger, "amax")
+        joined = joined[joined]
+        if torch.equal(joined, label):
+            return label[runs]
+        label = joined
 
 
 def eroded(mask: Tensor) -> Tensor:

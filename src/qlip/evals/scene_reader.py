@@ -35,8 +35,9 @@ WORKING_SIDE = 48  # pixels; larger pictures are averaged down to this: shapes a
 LEAST_AREA = 0.02  # share of the picture that an object covers; the smallest ones of scenes cover 0.03
 LEAST_LIKENESS = 0.8  # of an object to the nearest shape
 STRANGE = 0.6  # a pixel this far from its piece's own colour, against the background's distance, is another's
-GAIN = 0.02  # by how much shapes must fit better for a piece to be read as several objects
+GAIN = 0.03  # by how much shapes must fit better for a piece to be read as several objects
 JOIN_STEPS = 2  # pieces up to twice as many pixels apart may be one object
+FADE_STEPS = 4  # pixels around a piece over which a blurred edge fades out
 FADED = 0.8  # an object's colour may be mixed with so much background that this share of it is left
 PICTURES_AT_ONCE = 64
 
@@ -135,8 +136,10 @@ def _measured(labels: Tensor, pictures: Tensor, difference: Tensor) -> _Pieces:
     share = torch.einsum("oc,ochw->ohw", step, different) / length
     aside = different.square().sum(1) - length * share.square()  # squared distance from the line between the two
     strange = region & ((share < 0.2) | (aside > STRANGE**2 * length))
-    around = dilated(dilated(region)) & (labels[picture] == 0)  # where its edge fades out
-    covered = share.clamp(0, 1) * (region | around)
+    around = region
+    for _ in range(FADE_STEPS):
+        around = dilated(around)
+    covered = share.clamp(0, 1) * (around & (region | (labels[picture] == 0)))
     match = match_shapes(covered)
     return _Pieces(
         picture=picture,

@@ -120,10 +120,15 @@ def _open_t5(config: TextToImageConfig, source: str) -> CaptionEncoder:
         raise UserError(f"{what}: download google/flan-t5-xl and give its folder with --caption-encoder")
     try:
         with quiet_transformers():
-            network = T5EncoderModel.from_pretrained(source, local_files_only=True, dtype="auto")
+            network, info = T5EncoderModel.from_pretrained(
+                source, local_files_only=True, dtype="auto", output_loading_info=True
+            )
             tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the readers raise nearly every type on broken files
         raise UserError(f"cannot read a T5 encoder from {source}: {one_line(error)}; download it again") from None
+    absent = [*info["missing_keys"], *info["mismatched_keys"]]  # left over may be what it likes: FLAN-T5 has a decoder
+    if absent:
+        raise UserError(f"{source} lacks {len(absent)} tensors of a T5 encoder: download it again")
     _same_width(config, network.config.d_model, source)
 
     def t5_features(input_ids: Tensor, attention_mask: Tensor) -> Tensor:

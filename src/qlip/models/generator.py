@@ -6,6 +6,7 @@ config.json  model.safetensors  README.md  image_tokenizer/      (a T5 encoder s
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from qlip.core.errors import UserError
-from qlip.models.baselines import read_config
+from qlip.models.baselines import read_config, whole_model
 from qlip.models.caption_encoder import CaptionEncoder, cleaned_prompt, open_caption_encoder
 from qlip.models.image_tokenizer import ImageTokenizer, QLIPTokenizer, open_image_tokenizer
 from qlip.models.measured import Ability, sha256_of_config
 from qlip.models.qlip.fingerprint import model_fingerprint
-from qlip.models.qlip.loading import LOAD_ERRORS, quiet_transformers, write_export
-from qlip.models.qlip.pretrained import one_line
-from qlip.models.qlip.weight_files import read_headers
+from qlip.models.qlip.loading import quiet_transformers, write_export
+from qlip.models.qlip.weight_files import find_weight_files, read_headers
 from qlip.models.sampling import OnTokens, Sampler, SamplingConfig
 from qlip.models.text_to_image import TextToImageConfig, TextToImageModel
 
 TOKENIZER_FOLDER = "image_tokenizer"
-WEIGHTS = "model.safetensors"
 
 
 class Generator:
@@ -96,6 +95,11 @@ def refuse_other_tokenizer(config: TextToImageConfig, tokenizer: ImageTokenizer)
             f"the generator draws tokens of {config.image_tokenizer_name} {config.image_tokenizer[:12]}, but this is "
             f"{tokenizer.name} {tokenizer.encoder_fingerprint[:12]}: give the tokenizer that it was trained with"
         )
+    if (tuple(config.grid), config.num_bits) != (tuple(tokenizer.grid), tokenizer.num_bits):
+        raise UserError(
+            f"the generator draws {config.grid} tokens of {config.num_bits} bits, but its tokenizer has "
+            f"{list(tokenizer.grid)} of {tokenizer.num_bits}: export it again"
+        )
 
 
 def is_generator(source: str | Path) -> bool:
@@ -116,15 +120,13 @@ def open_generator(
     folder = Path(source)
     if not is_generator(folder):
         raise UserError(f"{source} holds no text-to-image model: give the export of `qlip train scenes_t2i_tiny`")
-    read_headers([folder / WEIGHTS])
-    try:
+    read_headers(find_weight_files(folder))
+
+    def load() -> tuple[Any, Mapping[str, Any]]:
         with quiet_transformers():
-            model, info = TextToImageModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
-    except LOAD_ERRORS as error:
-        raise UserError(f"cannot load {source}: {one_line(error)}; export it again") from error
-    wrong = [name for names in info.values() for name in names]
-    if wrong:
-        raise UserError(f"cannot load {source}: {len(wrong)} tensors are missing, left over or misshapen; export again")
+            return TextToImageModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+
+    model = whole_model(folder, load)
     config = model.config
     tokenizer = open_image_tokenizer(
         folder / TOKENIZER_FOLDER, image_size=config.image_size if config.image_tokenizer_name != "QLIPModel" else 0
@@ -155,7 +157,7 @@ def save_generator(model: nn.Module, *, folder: Path, tokenizer: str, step: int 
         else:
             target.mkdir()
             shutil.copy2(source, target)
-        (temporary / "README.md").write_text(_card(model, step))
+        (temporary / "README.md").write_text(_card(model, step), encoding="utf-8")
 
     write_export(folder, write, step=step, subfolders=(TOKENIZER_FOLDER,))
 

@@ -8,6 +8,7 @@ last digit, which moves a choice only when its number falls that close to the bo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ from qlip.models.text_to_image import TextToImageModel, causal_mask
 
 OnTokens = Callable[[int, Tensor], None]
 """Tokens drawn so far, and all bits (b, n, L), False where not drawn yet: for progress and previews."""
+
+LEAST_TEMPERATURE = 1e-3  # logits divided by less would not fit float32
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -37,10 +40,12 @@ class SamplingConfig:
 
     def check(self) -> None:
         """Raise `UserError` for impossible numbers."""
-        if not self.guidance >= 0:
+        if not 0 <= self.guidance < math.inf:
             raise UserError(f"guidance is {self.guidance}: give 0 or more, and 1 for none")
-        if not self.temperature >= 0:
-            raise UserError(f"temperature is {self.temperature}: give 0 or more, and 0 for the most probable")
+        if self.temperature != 0 and not LEAST_TEMPERATURE <= self.temperature < math.inf:
+            raise UserError(
+                f"temperature is {self.temperature}: give 0 for the most probable, or {LEAST_TEMPERATURE} and more"
+            )
         if self.top_k < 0:
             raise UserError(f"top_k is {self.top_k}: give a number of codes, and 0 for all")
         if not 0 < self.top_p <= 1:

@@ -17,11 +17,13 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, Cache, LlamaConfig, LlamaModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from qlip.models.visual_tokens import HEAD_KINDS, HeadKind, build_head, flip_bits
+from qlip.models.visual_tokens import HEAD_KINDS, MAX_SUBCODE_BITS, HeadKind, build_head, flip_bits
 
 ROPE_THETA = 10_000.0
 CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 CAPTION_ENCODERS = ("learned", "qlip", "t5")
+COUNTS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_bits", "depth_layers")
+COUNTS += ("caption_width", "caption_length", "caption_vocab_size")
 SIZES = {  # LlamaGen's
     "b": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 2048},
     "l": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 2816},
@@ -70,12 +72,19 @@ class TextToImageConfig(PreTrainedConfig):
             raise ValueError(f"head {self.head!r} is unknown; known: {', '.join(HEAD_KINDS)}")
         if self.caption_encoder not in CAPTION_ENCODERS:
             raise ValueError(f"caption_encoder {self.caption_encoder!r} is unknown; known: {CAPTION_ENCODERS}")
+        for name in COUNTS:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: give at least 1")
+        if len(self.grid) != 2 or min(self.grid) < 1:
+            raise ValueError(f"grid {self.grid} must be numbers of rows and columns")
         if self.hidden_size % self.num_attention_heads or self.head_width % 4:
             raise ValueError(
                 "hidden_size / num_attention_heads must be a whole multiple of 4, for 2-D rotary positions"
             )
         if self.head != "bitwise" and sum(self.division) != self.num_bits:
             raise ValueError(f"division {self.division} does not make num_bits {self.num_bits}")
+        if self.head != "bitwise" and not 1 <= min(self.division) <= max(self.division) <= MAX_SUBCODE_BITS:
+            raise ValueError(f"division {self.division}: give sub-codes of 1 to {MAX_SUBCODE_BITS} bits each")
         for name in ("caption_dropout", "dropout", "bit_flips"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give 0 or more, below 1")
@@ -198,9 +207,7 @@ class TextToImageModel(PreTrainedModel):
         | caption positions | 0; norms 1 |
         """
         super()._init_weights(module)
-        if module is getattr(self.head, "output", None) or module is getattr(
-            getattr(self.head, "tables", None), "output", None
-        ):
+        if any(module is part for name, part in self.head.named_modules() if name.endswith("output")):
             nn.init.zeros_(module.weight)
         if module is self:
             nn.init.normal_(self.empty_caption, std=self.config.caption_width**-0.5)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaModel
 
+from qlip.quantizers.base import digit_bits
 from qlip.quantizers.ids import bits_to_subcodes, subcodes_to_bits
 
 HeadKind = Literal["flat", "depth", "bitwise"]
@@ -91,7 +92,11 @@ class VisualHead(Protocol):
 
 
 class _SubcodeTables(nn.Module):
-    """Input and output tables of K sub-codes, each with rows of its own."""
+    """Input and output tables of K sub-codes, each with rows of its own and a part that is linear in its bits.
+
+    Codes that differ in one bit are near each other in QLIP's space, which a table alone has to learn row by row: the
+    vector of a code is ``table[code] + sum_i (+-1)_i a_i``, its logit ``h . out[code] + sum_i (+-1)_i h . b_i``.
+    """
 
     def __init__(self, hidden_size: int, division: Sequence[int]) -> None:
         super().__init__()
@@ -99,23 +104,37 @@ class _SubcodeTables(nn.Module):
             raise ValueError(f"sub-codes of {list(division)} bits: give 1 to {MAX_SUBCODE_BITS} bits each")
         self.division = tuple(division)
         self.starts = _starts(division)
-        num_codes = sum(1 << size for size in division)
+        num_codes, num_bits = sum(1 << size for size in division), sum(division)
         self.embedding = nn.Embedding(num_codes, hidden_size)
+        self.bit_embedding = nn.Linear(num_bits, hidden_size, bias=False)
         self.output = nn.Linear(hidden_size, num_codes, bias=False)
+        self.bit_output = nn.Linear(hidden_size, num_bits, bias=False)
 
     def embed(self, codes: Tensor, place: int) -> Tensor:
         """(...) codes of sub-code `place` -> (..., d)."""
-        return self.embedding(codes + self.starts[place])
+        signs = self._signs(codes, self.division[place])
+        of_bits = F.linear(signs, self.bit_embedding.weight[:, self._bits_of(place)])
+        return self.embedding(codes + self.starts[place]) + of_bits
 
     def logits(self, hidden: Tensor, place: int) -> Tensor:
         """(..., d) -> (..., 2^l) of sub-code `place`."""
-        start = self.starts[place]
-        return F.linear(hidden, self.output.weight[start : start + (1 << self.division[place])])
+        start, size = self.starts[place], self.division[place]
+        signs = self._signs(torch.arange(1 << size, device=hidden.device), size)  # (2^l, l)
+        of_bits = F.linear(hidden, self.bit_output.weight[self._bits_of(place)])
+        return F.linear(hidden, self.output.weight[start : start + (1 << size)]) + F.linear(of_bits, signs)
 
     def nll(self, hidden: Tensor, codes: Tensor, place: int) -> Tensor:
         """(b, n, d), (b, n) -> (b, n) float32."""
         logits = self.logits(hidden, place).float()  # logarithms of thousands of classes
         return F.cross_entropy(logits.flatten(0, -2), codes.flatten(), reduction="none").view(codes.shape)
+
+    def _signs(self, codes: Tensor, size: int) -> Tensor:
+        """(...) codes of `size` bits -> (..., size), +-1."""
+        return (2 * digit_bits(codes, size).to(torch.int64) - 1).to(self.bit_embedding.weight.dtype)
+
+    def _bits_of(self, place: int) -> slice:
+        first = sum(self.division[:place])
+        return slice(first, first + self.division[place])
 
 
 class FlatHead(nn.Module):
@@ -140,9 +159,13 @@ class FlatHead(nn.Module):
 
     def embed(self, pieces: Tensor, *, place: int = 0) -> Tensor:
         """(b, s, 1) -> (b, s, d)."""
-        places = torch.arange(place, place + pieces.shape[1], device=pieces.device) % self.positions_per_token
-        starts = torch.tensor(self.tables.starts, device=pieces.device)[places]
-        return self.tables.embedding(pieces[..., 0] + starts)
+        if pieces.shape[1] == 1:
+            return self.tables.embed(pieces[..., 0], place)
+        assert place == 0, "longer parts begin with a token"
+        count, length = self.positions_per_token, pieces.shape[1]
+        codes = rearrange(F.pad(pieces[..., 0], (0, -length % count)), "b (n K) -> b n K", K=count)
+        parts = [self.tables.embed(codes[..., j], j) for j in range(count)]
+        return rearrange(torch.stack(parts, dim=2), "b n K d -> b (n K) d")[:, :length]
 
     def nll(self, hidden: Tensor, pieces: Tensor) -> Tensor:
         """(b, n K, d), (b, n K, 1) -> (b, n K)."""
@@ -185,11 +208,11 @@ class DepthHead(nn.Module):
 
     def embed(self, pieces: Tensor, *, place: int = 0) -> Tensor:
         """(b, s, K) -> (b, s, d), the sum over sub-codes."""
-        return self.tables.embedding(pieces + torch.tensor(self.tables.starts, device=pieces.device)).sum(-2)
+        return torch.stack([self.tables.embed(pieces[..., j], j) for j in range(self.piece_width)]).sum(0)
 
     def nll(self, hidden: Tensor, pieces: Tensor) -> Tensor:
         """(b, n, d), (b, n, K) -> (b, n)."""
-        earlier = [self.tables.embed(pieces[..., place], place) for place in range(self.piece_width - 1)]
+        earlier = [self.tables.embed(pieces[..., j], j) for j in range(self.piece_width - 1)]
         sequence = rearrange(torch.stack([hidden, *earlier], dim=2), "b n K d -> (b n) K d")
         states = rearrange(self._states(sequence), "(b n) K d -> b n K d", b=len(hidden))
         parts = [self.tables.nll(states[:, :, j], pieces[..., j], j) for j in range(self.piece_width)]

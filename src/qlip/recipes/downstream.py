@@ -98,7 +98,7 @@ def scenes_t2i_tiny() -> GenerationRunConfig:
             num_layers=4,
             num_heads=4,
             intermediate_size=344,
-            head="depth",
+            head="bitwise",
             division=(7, 7, 7, 7),
             depth_layers=1,
             dropout=0.0,
@@ -111,7 +111,7 @@ def scenes_t2i_tiny() -> GenerationRunConfig:
         task=NextTokenConfig(
             optimizer=OptimizerConfig(name="adamw", lr=2e-3, eps=1e-8, warmup_steps=50, clip_norm=1.0)
         ),
-        data=TokenDataConfig(batch_size=64),
-        trainer=TrainerConfig(steps=1500, log_every=25, save_every=500),
+        data=TokenDataConfig(batch_size=32),
+        trainer=TrainerConfig(steps=5000, log_every=50, save_every=1000),
         sample_prompts=("a star", "a red ring", "a blue square and a green circle", "two triangles"),
     )

@@ -4,8 +4,8 @@
 .venv/bin/python benchmarks/generate.py --device cuda  # B and XL, bf16, 16 pictures at once
 
 Weights are random; speed does not depend on them. For the comparison a token is one sub-code of 14 bits, so that a
-plain `LlamaForCausalLM` with the same trunk, tables and rotary positions is the same model: greedy tokens of both are
-equal, which is asserted in float32. Captions become rows of its table, the only form in which `generate` takes a
+plain `LlamaForCausalLM` with the same trunk, rotary positions and tables (each row with the part of its bits added) is
+the same model: greedy tokens of both are equal, which is asserted in float32. Captions become rows of its table, the only form in which `generate` takes a
 prompt together with `guidance_scale`, whose processor runs the model a second time on the empty caption. Its cache is
 the default one, or with `static` a static one, with which it compiles its steps on a GPU. All draw with temperature 1
 from the 1,000 most probable codes; half of the captions are shorter than their slots.
@@ -97,11 +97,13 @@ class TransformersGenerate:
         batch, length = mask.shape
         prefix, self.mask = model.prefix(caption, mask)
         empty, _ = model.prefix(caption[:1], mask[:1], dropped=torch.ones_like(mask[:1, 0]))
-        rows = torch.cat([head.tables.embedding.weight, prefix.flatten(0, 1), empty.flatten(0, 1)])
+        codes = torch.arange(1 << CODE_BITS, device=model.device)
+        rows = torch.cat([head.tables.embed(codes, 0), prefix.flatten(0, 1), empty.flatten(0, 1)])
+        output = head.tables.logits(torch.eye(config.hidden_size, device=model.device, dtype=model.dtype), 0).T
         causal.model.embed_tokens = nn.Embedding.from_pretrained(rows)
         causal.model.rotary_emb = model.trunk.rotary_emb
         weights = {f"model.{name}": tensor for name, tensor in model.trunk.state_dict().items()}
-        weights |= {"lm_head.weight": head.tables.output.weight, "model.embed_tokens.weight": rows}
+        weights |= {"lm_head.weight": output.contiguous(), "model.embed_tokens.weight": rows}
         causal.load_state_dict(weights, assign=True)
         self.causal = causal.eval()
         prompts = torch.arange(1 << CODE_BITS, len(rows), device=model.device)

@@ -76,6 +76,7 @@ def generate(
     caption_encoder: str = "",
     preview: bool = False,
     device: str = "auto",
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
 ) -> None:
     """Draw pictures of prompts with a text-to-image model; or all pictures of GenEval or DPG-Bench, for their scorers.
 
@@ -97,6 +98,7 @@ def generate(
         caption_encoder: Folder of the T5 encoder, if it lies elsewhere than in training.
         preview: Keep OUT/preview.png up to date while pictures are drawn.
         device: auto, cpu, cuda, ...
+        precision: What the model computes in; auto is bf16 on GPUs that have it, fp32 elsewhere.
     """
     from qlip.apps.generate import generate_benchmark, generate_pictures
     from qlip.core.errors import UserError
@@ -114,6 +116,7 @@ def generate(
             sampling=sampling,
             batch_size=batch_size,
             device=device,
+            precision=precision,
             caption_encoder=caption_encoder,
             preview=preview,
         )
@@ -130,5 +133,6 @@ def generate(
         sampling=sampling,
         batch_size=batch_size,
         device=device,
+        precision=precision,
         caption_encoder=caption_encoder,
     )

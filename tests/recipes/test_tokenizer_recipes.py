@@ -18,12 +18,12 @@ from qlip.engine.optim import has_decay, learning_rate
 from qlip.models.qlip.modeling import QLIPModel
 from qlip.recipes import RECIPES, find_recipe
 from qlip.recipes.model import ModelConfig
-from qlip.recipes.run import TrainOptions
+from qlip.recipes.run import RunConfig, TrainOptions
 from qlip.recipes.running import split_batch
 from qlip.tasks.align import AlignConfig
 from qlip.tasks.reconstruct import ReconstructConfig
 
-PAPER = [name for name in RECIPES if not name.startswith("scenes_")]
+PAPER = [name for name in RECIPES if not name.startswith("scenes_") and isinstance(find_recipe(name), RunConfig)]
 FULL = [name for name in PAPER if not name.endswith("_small")]
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qlip.core.errors import UserError
 from qlip.core.log import ProgressLine, console, progress
-from qlip.engine.parallel import pick_device
+from qlip.engine.parallel import has_fast_bf16, pick_device
 from qlip.engine.run_folder import make_writable
 from qlip.evals.benchmark_files import picture_seed, save_png, tiled
 from qlip.evals.dpg_bench import write_dpg
@@ -29,6 +29,8 @@ from qlip.models.generator import Generator, open_generator
 from qlip.models.sampling import SamplingConfig
 
 Benchmark = Literal["geneval", "dpg"]
+Precision = Literal["auto", "fp32", "bf16"]
+"""What the generator computes in: auto is bfloat16 on GPUs that have it, float32 elsewhere."""
 SHEET_SIDE = 256  # pixels that a picture of a sheet is enlarged to, in whole steps
 TEXT_HEIGHT = 22  # pixels of a prompt's line above its row
 LONGEST_STEM = 60  # characters of a prompt in a file's name
@@ -44,6 +46,7 @@ def generate_pictures(
     sampling: dict[str, float | None],
     batch_size: int = 16,
     device: str = "auto",
+    precision: Precision = "auto",
     caption_encoder: str = "",
     preview: bool = False,
 ) -> list[Path]:
@@ -60,7 +63,7 @@ def generate_pictures(
         if value < 1:
             raise UserError(f"{name} is {value}: give at least 1")
     texts = [cleaned_prompt(prompt) for prompt in prompts]
-    generator = _open(model, sampling, device=device, caption_encoder=caption_encoder)
+    generator = _open(model, sampling, device=device, precision=precision, caption_encoder=caption_encoder)
     _warn(generator, texts)
     make_writable(out)
     asked = [
@@ -102,6 +105,7 @@ def generate_benchmark(
     sampling: dict[str, float | None],
     batch_size: int = 16,
     device: str = "auto",
+    precision: Precision = "auto",
     caption_encoder: str = "",
 ) -> None:
     """Write the pictures of a benchmark exactly as its scorer reads them; finished ones are kept on a second run.
@@ -110,8 +114,8 @@ def generate_benchmark(
     """
     if benchmark == "dpg" and num != 4:
         raise UserError(f"--num is {num}, but a picture of DPG-Bench has 4 tiles: leave --num out")
-    generator = _open(model, sampling, device=device, caption_encoder=caption_encoder)
-    settings: dict[str, Any] = {**generator.identity(), "sampling": generator.sampling}
+    generator = _open(model, sampling, device=device, precision=precision, caption_encoder=caption_encoder)
+    settings: dict[str, Any] = {**generator.identity(), **generator.sampling}
 
     def generate(texts: list[str], seeds: list[int]) -> Tensor:
         return generator.generate(texts, seeds=seeds)
@@ -128,14 +132,17 @@ def generate_benchmark(
     )
 
 
-def _open(model: Path, sampling: dict[str, float | None], *, device: str, caption_encoder: str) -> Generator:
+def _open(
+    model: Path, sampling: dict[str, float | None], *, device: str, precision: Precision, caption_encoder: str
+) -> Generator:
     """The generator on its device, with the model's own guidance unless told."""
     place = pick_device(device)
     given: dict[str, Any] = {name: value for name, value in sampling.items() if value is not None}
     SamplingConfig(**given).check()
     generator = open_generator(model, caption_encoder=caption_encoder)
     generator.settings = SamplingConfig(**({"guidance": generator.model.config.guidance} | given))
-    generator.to(place)
+    bf16 = precision == "bf16" or (precision == "auto" and place.type == "cuda" and has_fast_bf16(place))
+    generator.to(place, dtype=torch.bfloat16 if bf16 else None)
     return generator
 
 

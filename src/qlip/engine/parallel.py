@@ -94,8 +94,8 @@ def set_activation_checkpointing(modules: nn.Module, *, enabled: bool) -> None:
     for stack in block_stacks(modules):
         if isinstance(stack, BlockStack):
             stack.gradient_checkpointing = enabled
-        elif enabled:
-            stack.gradient_checkpointing_enable()
+        elif enabled:  # the old name warns where there is a new one
+            getattr(stack, "activation_checkpointing_enable", stack.gradient_checkpointing_enable)()
 
 
 def compile_blocks(modules: nn.Module, *, backend: str = "inductor") -> None:

@@ -239,7 +239,7 @@ def _place_wanted(prompt: dict) -> str:
 def _layouts(counts: list[int], places: list[str], *, seed: int) -> SceneBatch:
     """Scenes of so many objects each, in such places."""
     g = scene_generator("ground truth", seed)
-    num = 16 * len(counts) + 64  # scenes to choose from: some fit any place
+    num = len(counts) + 128  # scenes of each count to choose from: some fit any place
     pools = [
         sample_scenes(num, split="test", shard=count, config=SceneConfig(seed=seed, object_counts=tuple(weights)))
         for count, weights in enumerate(torch.eye(MAX_OBJECTS).tolist())

@@ -67,9 +67,11 @@ class Generator:
         }
         return dict(self._identity)
 
-    def to(self, device: torch.device) -> None:
-        """Move all parts there."""
-        self.model.to(device)
+    def to(self, device: torch.device, *, dtype: torch.dtype | None = None) -> None:
+        """Move all parts there; `dtype` is what the generator computes in, its weights' own if not given."""
+        identity = self.identity()  # of the weights as they were saved
+        self.model.to(device, dtype)
+        self._identity = identity | {"dtype": str(self.model.dtype).removeprefix("torch.")}
         self.captions.to(device)
         self.tokenizer.to(device)
         self._sampler = None

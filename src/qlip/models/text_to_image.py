@@ -22,8 +22,10 @@ from qlip.models.visual_tokens import HEAD_KINDS, MAX_SUBCODE_BITS, HeadKind, bu
 ROPE_THETA = 10_000.0
 CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 CAPTION_ENCODERS = ("learned", "qlip", "t5")
-COUNTS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_bits", "depth_layers")
-COUNTS += ("caption_width", "caption_length", "caption_vocab_size")
+COUNTS = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_bits", "depth_layers"),
+    *("caption_width", "caption_length", "caption_vocab_size"),
+)
 SIZES = {  # LlamaGen's
     "b": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 2048},
     "l": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 2816},
@@ -207,8 +209,9 @@ class TextToImageModel(PreTrainedModel):
         | caption positions | 0; norms 1 |
         """
         super()._init_weights(module)
-        if any(module is part for name, part in self.head.named_modules() if name.endswith("output")):
-            nn.init.zeros_(module.weight)
+        for name, part in self.head.named_modules():
+            if part is module and name.endswith("output"):
+                nn.init.zeros_(part.get_parameter("weight"))
         if module is self:
             nn.init.normal_(self.empty_caption, std=self.config.caption_width**-0.5)
 

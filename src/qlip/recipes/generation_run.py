@@ -24,7 +24,7 @@ from qlip.engine.interfaces import Loader
 from qlip.engine.parallel import pick_parallel
 from qlip.engine.trainer import TrainerConfig, train
 from qlip.evals.sample_grid import save_grid
-from qlip.models.caption_encoder import CaptionEncoder, open_caption_encoder
+from qlip.models.caption_encoder import CaptionEncoder, cleaned_prompt, open_caption_encoder
 from qlip.models.generator import Generator, save_generator, text_side
 from qlip.models.image_tokenizer import ImageTokenizer, open_image_tokenizer
 from qlip.models.sampling import SamplingConfig
@@ -265,3 +265,9 @@ def _refuse_impossible(config: GenerationRunConfig) -> None:
     refuse_small(config, LEAST)
     if config.trainer.images_every and not config.sample_prompts:
         raise UserError("trainer.images_every has nothing to draw: add --sample-prompts 'a prompt', or set it to 0")
+    if config.trainer.eval_every:
+        raise UserError(
+            "trainer.eval_every: a text-to-image run is evaluated when it has ended (qlip eval); set it to 0"
+        )
+    for prompt in config.sample_prompts:
+        cleaned_prompt(prompt)

@@ -3,8 +3,8 @@
 .venv/bin/python docs/results/text_to_image.py --out runs/t2i          # trains, two hours on two cores; resumes
 .venv/bin/python docs/results/text_to_image.py --out runs/t2i --draw   # tables and sheets from what is there
 
-Two tokenizers of the same recipe, QLIP and BSQ-ViT (its contrastive weight 0), both with stage 2; over the tokens of the
-same scenes `scenes_t2i_tiny` with each head, as many pictures, several seeds. Writes text_to_image.json, .svg and one
+Two tokenizers of the same recipe, QLIP and BSQ-ViT (its contrastive weight 0), both with stage 2; over the tokens of
+the same scenes `scenes_t2i_tiny` with each head, as many pictures, several seeds. Writes text_to_image.json, .svg and one
 sheet of pictures beside this file; text_to_image.md says what they show.
 """
 
@@ -139,7 +139,24 @@ def summarise(out: Path) -> dict[str, Any]:
             }
     chance = {tag: runs[0]["figures"][f"{tag}_baseline"] for tag in (*TAGS, "overall")}
     kept = {key: runs[0][key] for key in ("steps", "batch", "card", "git_commit", "versions")}
-    return {"rows": rows, "chance": chance, **kept}
+    return {"rows": rows, "chance": chance, "ceilings": ceilings(out), **kept}
+
+
+def ceilings(out: Path) -> dict[str, dict[str, float]]:
+    """What right scenes get that go through a tokenizer and back: the most that its generator can reach."""
+    from qlip.data.scenes import render
+    from qlip.evals.scene_reader import read_scenes
+    from qlip.evals.scenes import ground_truth_scenes, scene_prompts, score_scenes
+    from qlip.models.image_tokenizer import open_image_tokenizer
+
+    prompts = scene_prompts(num_per_category=200, seed=1)
+    pictures = render(ground_truth_scenes(prompts, seed=1), image_size=48)
+    found = {"pictures themselves": score_scenes(prompts, read_scenes(pictures)).shares()}
+    for name in ("qlip", "bsqvit"):
+        tokenizer = open_image_tokenizer(out / name / "stage2" / "export")
+        decoded = [tokenizer.decode(tokenizer.encode(part)) for part in pictures.split(100)]
+        found[name] = score_scenes(prompts, [scene for part in decoded for scene in read_scenes(part)]).shares()
+    return found
 
 
 def print_table(summary: dict[str, Any]) -> None:
@@ -152,6 +169,8 @@ def print_table(summary: dict[str, Any]) -> None:
         cells += [spread(row["nats_per_token"], digits=2), spread(row["training_seconds"], digits=0)]
         print(f"| {TITLES[name]} | " + " | ".join(cells) + " |")
     print("| chance | " + " | ".join(f"{100 * summary['chance'][tag]:.1f}" for tag in tags) + " | | |")
+    for name, shares in summary["ceilings"].items():
+        print(f"| right scenes, {name} | " + " | ".join(f"{100 * shares[tag]:.1f}" for tag in tags) + " | | |")
 
 
 def spread(values: list[float], *, digits: int) -> str:

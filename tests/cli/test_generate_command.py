@@ -1,4 +1,4 @@
-"""`qlip train scenes_t2i_tiny`, `qlip generate`, `qlip eval results` as a user gives them, and every mistake in one line."""
+"""`qlip train scenes_t2i_tiny`, `qlip generate`, `qlip eval results` as a user gives them; mistakes are one line."""
 
 from __future__ import annotations
 
@@ -171,8 +171,11 @@ def test_geneval_from_prompts_to_scores(qlip: Shell, generator: Path, tmp_path: 
     results = tmp_path / "results.jsonl"
     results.write_text("".join(json.dumps(line) + "\n" for line in lines))
     said = " ".join(qlip.works("eval", "results", "geneval", results).split())
-    assert "these results" in said and "QLIP-B/16" in said
-    assert "prompts: 2 of 553" in said and "25.0" in said and "without" in said
+    assert (
+        "│ overall │ 25.0 │ 32.0 │ 31.0 │ 48.0 │" in said
+        and "prompts: 2 of 553" in said
+        and "without two_object" in said
+    )
     results.write_text("{}\n")
     assert "line 1" in qlip.refused("eval", "results", "geneval", results)
     assert "no file at" in qlip.refused("eval", "results", "geneval", tmp_path / "nowhere")
@@ -191,6 +194,6 @@ def test_dpg_bench_from_prompts_to_scores(qlip: Shell, generator: Path, tmp_path
         f"Image path: {out}\nSave results to: {results}\nDPG-Bench score: 75.0\n"
     )
     said = " ".join(qlip.works("eval", "results", "dpg", results).split())
-    assert "these results" in said and "75.0" in said and "80.5" in said and "BSQ-ViT-B/16" in said
+    assert "│ overall │ 75.0 │ 43.2 │ 34.0 │ 78.2 │" in said and "│ global │ 80.5 │ 76.6 │" in said
     results.write_text(f"{out}/12.png, 1.0, 0.5, 0.5, 1.0, 0.75\n")
     assert "line 1: the file ends without" in qlip.refused("eval", "results", "dpg", results)

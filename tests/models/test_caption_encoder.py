@@ -1,4 +1,4 @@
-"""What a generator reads of a text: features of the right network, at the right end, of any prompt a person may type."""
+"""What a generator reads of a text: features of the right network, at the right end, of any prompt one may type."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ def test_texts_move_to_the_right_end_in_order():
 def test_t5_features_are_those_of_the_encoder_itself(t5):
     encoder = opened(t5, caption_length=6)
     ids = encoder.tokenize(["a red star", "ring", "a red star and a red ring and a star"])
-    assert ids["input_ids"][1].tolist() == [7, 1, 0, 0, 0, 0] and ids["attention_mask"][1].tolist() == [1, 1, 0, 0, 0, 0]
+    assert ids["input_ids"][1].tolist() == [7, 1, 0, 0, 0, 0]
+    assert ids["attention_mask"][1].tolist() == [1, 1, 0, 0, 0, 0]
     assert ids["input_ids"][2].tolist() == [3, 4, 5, 6, 3, 1]  # cut, its end kept
     features, mask = encoder.encode(ids["input_ids"], ids["attention_mask"])
     assert mask.sum(1).tolist() == [4, 2, 6] and features.shape == (3, 6, 8) and not features.requires_grad

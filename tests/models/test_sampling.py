@@ -102,10 +102,9 @@ def test_guidance_moves_logits_away_from_those_of_no_caption():
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("guidance", [1.0, 3.0], ids=["plain", "guided"])
-def test_a_picture_does_not_depend_on_its_neighbours(head, guidance):
+def test_a_picture_does_not_depend_on_its_neighbours(head):
     model, (features, mask) = tiny_generator(head), captions()
-    sampler = Sampler(model, SamplingConfig(guidance=guidance))
+    sampler = Sampler(model, SamplingConfig(guidance=3.0))
     together = sampler.sample(features, mask, seeds=SEEDS)
     order = torch.tensor([2, 0, 1])
     mixed = sampler.sample(features[order], mask[order], seeds=[SEEDS[i] for i in order])

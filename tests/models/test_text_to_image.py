@@ -84,7 +84,7 @@ def test_captions_of_another_length_are_refused():
 
 
 def turned(x: Tensor, row: int, column: int) -> Tensor:
-    """One head (h,) turned by hand: pairs (i, i + h/2), the first quarter of them by the row, the next by the column."""
+    """One head (h,) turned by hand: pairs (i, i + h/2), the first quarter by the row, the second by the column."""
     half, quarter = len(x) // 2, len(x) // 4
     out = x.clone()
     for i in range(half):

@@ -1,4 +1,4 @@
-"""Every recipe of a tokenizer builds, and what cannot run is refused in one line before anything is trained or written."""
+"""Every tokenizer's recipe builds, and what cannot run is refused in one line before anything is trained or written."""
 
 from __future__ import annotations
 

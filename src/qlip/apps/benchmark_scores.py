@@ -35,13 +35,12 @@ def print_scores(benchmark: Literal["geneval", "dpg"], results: Path) -> None:
     if not results.is_file():
         raise UserError(f"no file at {results}: give the results that the scorer of {benchmark} wrote")
     columns, own, notes = _geneval(results) if benchmark == "geneval" else _dpg(results)
-    table = Table(title=f"{benchmark}: {results}", title_justify="left")
-    table.add_column("tokenizer of the generator")
-    for column in columns:
-        table.add_column(column, justify="right")
-    table.add_row("these results", *map(_percent, own), end_section=True)
-    for name, row in PAPER[benchmark].items():
-        table.add_row(f"{name} (the paper's)", *map(_percent, row))
+    table = Table(title=f"{benchmark}: {results}; beside it the paper's generators, by tokenizer", title_justify="left")
+    table.add_column("category")
+    for name in ("these results", *PAPER[benchmark]):
+        table.add_column(name, justify="right", no_wrap=True)
+    for category, *row in zip(columns, own, *PAPER[benchmark].values(), strict=True):
+        table.add_row(category, *map(_percent, row))
     console.print(table)
     for note in notes:
         console.print(f"- {note}")

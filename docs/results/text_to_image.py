@@ -4,8 +4,8 @@
 .venv/bin/python docs/results/text_to_image.py --out runs/t2i --draw   # tables and sheets from what is there
 
 Two tokenizers of the same recipe, QLIP and BSQ-ViT (its contrastive weight 0), both with stage 2; over the tokens of
-the same scenes `scenes_t2i_tiny` with each head, as many pictures, several seeds. Writes text_to_image.json, .svg and one
-sheet of pictures beside this file; text_to_image.md says what they show.
+the same scenes `scenes_t2i_tiny` with each head, as many pictures, several seeds. Writes text_to_image.json, .svg
+and one sheet of pictures beside this file; text_to_image.md says what they show.
 """
 
 from __future__ import annotations

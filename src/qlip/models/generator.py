@@ -33,14 +33,23 @@ class Generator:
     name = "TextToImageModel"
 
     def __init__(
-        self, model: TextToImageModel, *, captions: CaptionEncoder, tokenizer: ImageTokenizer, sampling: SamplingConfig
+        self,
+        model: TextToImageModel,
+        *,
+        captions: CaptionEncoder,
+        tokenizer: ImageTokenizer,
+        sampling: SamplingConfig,
+        compile: bool | None = None,
     ) -> None:
-        """All parts on one device, in evaluation mode. Raises `UserError` for another tokenizer than trained with."""
+        """All parts on one device, in evaluation mode; `compile` is `Sampler`'s.
+
+        Raises `UserError` for another tokenizer than trained with.
+        """
         refuse_other_tokenizer(model.config, tokenizer)
         self.model, self.captions, self.tokenizer = model.eval(), captions, tokenizer
         self.image_size = tokenizer.image_size
         self.abilities: frozenset[Ability] = frozenset(("generate",))
-        self.settings = sampling
+        self.settings, self.compile = sampling, compile
         self._sampler: Sampler | None = None
         self._identity: dict[str, Any] = {}
 
@@ -79,7 +88,7 @@ class Generator:
     def bits(self, prompts: list[str], *, seeds: list[int], on_tokens: OnTokens | None = None) -> Tensor:
         """b prompts and seeds -> (b, n, L) bool. Raises `UserError` for an empty prompt."""
         if self._sampler is None:
-            self._sampler = Sampler(self.model, self.settings)
+            self._sampler = Sampler(self.model, self.settings, compile=self.compile)
         ids = self.captions.tokenize([cleaned_prompt(prompt) for prompt in prompts])
         device = self.model.device
         caption, mask = self.captions.encode(ids["input_ids"].to(device), ids["attention_mask"].to(device))

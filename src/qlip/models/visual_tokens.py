@@ -10,8 +10,8 @@ A token is cut into K sub-codes ("division": 28 = 14 + 14, or 4 x 7), the first 
 | depth   | 1                 | K | the same, and a few blocks of width d | K small steps of the head for each token  |
 | bitwise | 1                 | L | d (L + 1) each                        | cheapest; bits independent given the past |
 
-At width 1280, 256 patches and 2 x 14 bits: flat is 512 positions and 83.9M parameters in both tables, depth 256
-positions and 165.2M with four blocks (82.6M with 4 x 7 bits), bitwise 256 positions and 0.07M.
+At width 1280, 256 patches and 2 x 14 bits: flat is 512 positions and 84.0M parameters in both tables, depth 256
+positions and 165.2M with four blocks (82.7M with 4 x 7 bits), bitwise 256 positions and 0.07M.
 
 flat is what the paper's arithmetic says (512 tokens a picture); depth is UniTok's (arXiv 2502.20321), bitwise
 Infinity's (arXiv 2412.04431). Shapes: `b` pictures, `n` tokens, `L` bits, `d` width, `K` sub-codes, `w` piece width.

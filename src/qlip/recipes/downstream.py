@@ -16,11 +16,12 @@ from qlip.tasks.next_token import NextTokenConfig
 
 
 def t2i_xl_256() -> GenerationRunConfig:
-    """LlamaGen-XL on tokens of QLIP-B-16-256: 36 blocks of width 1280, 819.6M parameters, 512 positions a picture.
+    """LlamaGen-XL on tokens of QLIP-B-16-256: 36 blocks of width 1280, 819.7M parameters, 512 positions a picture.
 
     Command:  qlip train t2i_xl_256 --tokenizer QLIP --data.tokens STORE --caption-encoder FLAN_T5_XL
     Hardware: 8 GPUs of 80 GB.
-    Time:     about 5 days on 8 H100 (estimate: 293,000 steps x 256 pictures x 632 positions at 35 % of the peak).
+    Time:     about 24 hours on 8 H100 (estimate: 293,000 steps x 256 pictures x 632 positions, and the T5, at 35 %
+              of the peak).
     Expect:   gFID 15.29, CLIPScore .316, GenEval .48, DPG-Bench 78.17 (Table 7). Never run here.
     Open:     steps, batch, schedule, guidance; the head.
 
@@ -52,7 +53,8 @@ def t2i_xl_256_vqgan() -> GenerationRunConfig:
 
     Command:  qlip train t2i_xl_256_vqgan --tokenizer vq_ds16_t2i.pt --data.tokens STORE --caption-encoder FLAN_T5_XL
     Hardware: 8 GPUs of 80 GB.
-    Time:     about 10 days on 8 H100 (estimate: 977,000 steps x 256 pictures x 376 positions at 35 % of the peak).
+    Time:     about 50 hours on 8 H100 (estimate: 977,000 steps x 256 pictures x 376 positions, and the T5, at 35 %
+              of the peak).
     Expect:   gFID 15.68, CLIPScore .309, GenEval .32, DPG-Bench 43.22 (Table 7, 50M pictures). Never run here.
     Open:     as `t2i_xl_256`; that the row is LlamaGen's stage 1 is INFERRED.
     """
@@ -64,11 +66,11 @@ def t2i_xl_256_vqgan() -> GenerationRunConfig:
 
 
 def t2i_xl_256_small() -> GenerationRunConfig:
-    """`t2i_xl_256` at LlamaGen-B's size for one GPU and a day: 12 blocks of width 768, 136M parameters.
+    """`t2i_xl_256` at LlamaGen-B's size for one GPU and a day: 12 blocks of width 768, 137M parameters.
 
     Command:  qlip train t2i_xl_256_small --tokenizer QLIP --data.tokens STORE --caption-encoder FLAN_T5_XL
     Hardware: one GPU of 80 GB.
-    Time:     about 20 hours on one H100 (estimate: 60,000 steps x 256 pictures at 35 % of the peak, and the T5).
+    Time:     about 20 hours on one H100 (estimate: 150,000 steps x 256 pictures, and the T5, at 35 % of the peak).
     Expect:   no row of the paper. Never run here.
     Open:     as `t2i_xl_256`.
     """
@@ -77,7 +79,7 @@ def t2i_xl_256_small() -> GenerationRunConfig:
     config.model = GeneratorSize(hidden_size=768, num_layers=12, num_heads=12, intermediate_size=2048)
     config.task.optimizer.lr, config.task.optimizer.warmup_steps = 3e-4, 1000
     config.data = TokenDataConfig(batch_size=64, global_batch_size=256)
-    config.trainer.steps = 60_000
+    config.trainer.steps = 150_000
     return config
 
 
@@ -112,6 +114,6 @@ def scenes_t2i_tiny() -> GenerationRunConfig:
             optimizer=OptimizerConfig(name="adamw", lr=2e-3, eps=1e-8, warmup_steps=50, clip_norm=1.0)
         ),
         data=TokenDataConfig(batch_size=32),
-        trainer=TrainerConfig(steps=5000, log_every=50, save_every=1000),
+        trainer=TrainerConfig(steps=3000, log_every=50, save_every=1000),
         sample_prompts=("a star", "a red ring", "a blue square and a green circle", "two triangles"),
     )

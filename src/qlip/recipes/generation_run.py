@@ -247,7 +247,7 @@ def _pictures(
         sampling = SamplingConfig(guidance=model.config.guidance)
         tokenizer.to(model.device)
         captions.to(model.device)
-        generator = Generator(model, captions=captions, tokenizer=tokenizer, sampling=sampling)
+        generator = Generator(model, captions=captions, tokenizer=tokenizer, sampling=sampling, compile=False)
         pictures = generator.generate(list(config.sample_prompts), seeds=[0] * len(config.sample_prompts))
         grid = make_grid(pictures.cpu(), nrow=4)
         save_grid(folder / "samples" / f"step_{step:08d}.png", grid)

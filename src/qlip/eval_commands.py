@@ -15,7 +15,7 @@ def evaluate(
     model: Positional[str],
     *,
     data: str,
-    evals: tuple[str, ...] = ("scenes-reconstruction-v1", "scenes-zeroshot-v1"),
+    evals: tuple[str, ...] = (),
     images: str = "",
     split: str = "test",
     labels: Path | None = None,
@@ -25,6 +25,7 @@ def evaluate(
     leave_out: tuple[str, ...] = (),
     networks: Path | None = None,
     clip: Path | None = None,
+    caption_encoder: str = "",
     out: Path | None = None,
     batch_size: int = 100,
     device: str = "auto",
@@ -41,7 +42,7 @@ def evaluate(
         model: Model folder or hub id: QLIP, or of others CLIP, SigLIP, diffusers' VQ or KL, LlamaGen's VQGAN; or a
             text-to-image model of ours.
         data: Pictures: class folders, a flat folder, tar shards, a COCO or Karpathy json, parquet.
-        evals: Protocols by name.
+        evals: Protocols by name; those of scenes if not given.
         images: Folder of the pictures that a COCO or Karpathy json names, if it is not beside it.
         split: Which split of a Karpathy json.
         labels: File of class names, one a line, in place of the data's own.
@@ -51,6 +52,7 @@ def evaluate(
         leave_out: Metrics not to measure: rfid, gfid, lpips_alex, lpips_vgg, fd_clip, clip_cosine, clipscore.
         networks: Folder with the weights of Inception and LPIPS; torch's hub cache if not given.
         clip: CLIP folder that scores generated pictures against captions.
+        caption_encoder: Folder of a text-to-image model's T5, if it lies elsewhere than in training.
         out: Folder for results, a row per picture, the worst pictures; runs/eval/NAME if not given.
         batch_size: Pictures per forward pass.
         device: auto, cpu, cuda, ...
@@ -58,11 +60,12 @@ def evaluate(
     """
     from qlip.core.distributed import stop
     from qlip.core.log import FIRST_PROCESS, console
-    from qlip.evals.run import EvalRequest, print_results, result_folder, run_evals, write_results
+    from qlip.evals.results import print_results, write_results
+    from qlip.evals.run import EvalRequest, default_evals, result_folder, run_evals
 
     request = EvalRequest(
         data=data,
-        evals=evals,
+        evals=evals or default_evals(model),
         images=images,
         split=split,
         labels=labels,
@@ -73,6 +76,7 @@ def evaluate(
         leave_out=leave_out,
         networks=networks,
         clip=clip,
+        caption_encoder=caption_encoder,
         folder=out or result_folder(model),
     )
     results = run_evals(model, request, device=device)

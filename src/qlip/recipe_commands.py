@@ -115,6 +115,7 @@ def _tokenizer_recipe(name: str, command: str) -> RunConfig:
     base = find_recipe(name)
     if base.task.kind == "next_token":
         raise UserError(
-            f"`qlip {command}` knows recipes of tokenizers, and {name} trains a text-to-image model over one"
+            f"`qlip {command}` knows recipes of tokenizers, and {name} trains a text-to-image model over one: "
+            "docs/text_to_image.md says what it needs"
         )
     return base

@@ -101,6 +101,7 @@ def generate(
         precision: What the model computes in; auto is bf16 on GPUs that have it, fp32 elsewhere.
     """
     from qlip.apps.generate import generate_benchmark, generate_pictures
+    from qlip.core.distributed import stop
     from qlip.core.errors import UserError
 
     sampling = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
@@ -123,6 +124,10 @@ def generate(
         return
     if prompts is None or prompt:
         raise UserError(f"--benchmark {benchmark} takes its prompts from its files: give --prompts PATH, no prompt")
+    if preview:
+        raise UserError(
+            "--preview is for prompts of your own: leave it out, and look at the pictures as they are written"
+        )
     generate_benchmark(
         model,
         benchmark,
@@ -136,3 +141,4 @@ def generate(
         precision=precision,
         caption_encoder=caption_encoder,
     )
+    stop()

@@ -15,7 +15,8 @@ from qlip.apps.check import CheckOptions
 from qlip.cli import COMMANDS, dispatch
 from qlip.core.arguments import parse_arguments
 from qlip.recipes import find_recipe
-from qlip.recipes.run import TrainOptions
+from qlip.recipes.generation_run import GenerationOptions
+from qlip.recipes.run import RunConfig, TrainOptions
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -50,7 +51,7 @@ def qlip_commands() -> list[str]:
 
 
 OF_A_RECIPE = {  # command -> its options, with the recipe's values as defaults
-    "train": lambda run: TrainOptions(run=run, out=Path("run")),
+    "train": lambda run: (TrainOptions if isinstance(run, RunConfig) else GenerationOptions)(run=run, out=Path("run")),
     "balance": lambda run: BalanceOptions(run=run, out=Path("run")),
     "check": lambda run: CheckOptions(run=run),
 }

@@ -19,7 +19,8 @@ from qlip.data.scene_shards import write_scene_shards
 from qlip.data.scenes import COLOUR_NAMES, HELD_OUT_PAIRS, SHAPE_NAMES, SceneConfig
 from qlip.evals.card import sha256_of_names
 from qlip.evals.code_use import code_use
-from qlip.evals.run import EvalRequest, build_evaluator, print_results, run_evals, write_results
+from qlip.evals.results import print_results, write_results
+from qlip.evals.run import EvalRequest, build_evaluator, run_evals
 from qlip.evals.scene_zero_shot import COLOUR_TEMPLATES, PAIRS, TEMPLATES
 from qlip.evals.zero_shot import class_weights
 from qlip.models.measured import MeasuredQLIP

@@ -25,7 +25,8 @@ from qlip.apps.tokenize import tokenize_images
 from qlip.core.log import console
 from qlip.data.scene_shards import write_scene_shards
 from qlip.data.scenes import SceneConfig
-from qlip.evals.run import EvalRequest, print_results, run_evals, write_results
+from qlip.evals.results import print_results, write_results
+from qlip.evals.run import EvalRequest, run_evals
 from qlip.models.generator import open_generator
 from qlip.models.qlip.fingerprint import model_fingerprint
 from qlip.models.qlip.loading import load_model

@@ -20,7 +20,8 @@ from qlip.engine.parallel import pick_device
 from qlip.evals.inputs import EvalInput, known_count
 from qlip.evals.protocols import Preparation, Protocol, ReconstructionSettings
 from qlip.evals.reconstruction import LEAST_FOR_FID, ReconstructionEvaluator
-from qlip.evals.run import EvalRequest, result_folder, write_results
+from qlip.evals.results import write_results
+from qlip.evals.run import EvalRequest, result_folder
 from qlip.models.measured import MeasuredModel, MeasuredQLIP
 from qlip.models.opening import open_measured
 

@@ -17,11 +17,12 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from qlip.core import distributed
 from qlip.core.errors import UserError
 from qlip.core.log import ProgressLine, console, progress
 from qlip.engine.parallel import has_fast_bf16, pick_device
 from qlip.engine.run_folder import make_writable
-from qlip.evals.benchmark_files import picture_seed, save_png, tiled
+from qlip.evals.benchmark_files import is_whole_png, picture_seed, save_png, tiled
 from qlip.evals.dpg_bench import write_dpg
 from qlip.evals.geneval import write_geneval
 from qlip.models.caption_encoder import cleaned_prompt
@@ -33,6 +34,7 @@ Precision = Literal["auto", "fp32", "bf16"]
 """What the generator computes in: auto is bfloat16 on GPUs that have it, float32 elsewhere."""
 SHEET_SIDE = 256  # pixels that a picture of a sheet is enlarged to, in whole steps
 TEXT_HEIGHT = 22  # pixels of a prompt's line above its row
+MOST_PIXELS = 30_000_000  # of a sheet; pictures of a larger one are enlarged less
 LONGEST_STEM = 60  # characters of a prompt in a file's name
 
 
@@ -54,8 +56,9 @@ def generate_pictures(
 
     `sampling` has fields of `SamplingConfig`, None for the model's own. Picture k of any prompt has the seed
     `picture_seed(seed, prompt_index=0, sample_index=k)`, so it does not depend on what else is asked for. `preview`
-    keeps OUT/preview.png up to date while a batch is drawn. Raises `UserError` for empty prompts, impossible numbers,
-    and a folder that is no generator or cannot be written.
+    keeps OUT/preview.png up to date while a batch is drawn. Pictures that the same call has written before are kept.
+    Raises `UserError` for empty prompts, impossible numbers, a folder that is no generator or cannot be written, and an
+    `out` with pictures of another call.
     """
     if not prompts:
         raise UserError('no prompt given: qlip generate MODEL "a red star" --out DIR')
@@ -71,17 +74,6 @@ def generate_pictures(
         for text, stem in zip(texts, _stems(texts), strict=True)
         for index in range(num)
     ]
-    pictures: list[Tensor] = []
-    tokens = generator.model.config.num_tokens
-    with progress("generate", len(asked) * tokens, unit="tokens") as bar:
-        for first in range(0, len(asked), batch_size):
-            batch = asked[first : first + batch_size]
-            drawn = _draw(generator, batch, out, bar=bar, before=first * tokens, preview=preview)
-            pictures.extend(drawn)
-            for (_, _, name), picture in zip(batch, drawn, strict=True):
-                save_png(out / name, picture)
-    save_png(out / "sheet.png", sheet_of(pictures, texts, num=num))
-    (out / "preview.png").unlink(missing_ok=True)
     record = {
         "model": str(model),
         **generator.identity(),
@@ -89,9 +81,41 @@ def generate_pictures(
         "seed": seed,
         "pictures": [{"file": name, "prompt": text, "seed": own_seed} for text, own_seed, name in asked],
     }
-    (out / "generation.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+    _begin(out / "generation.json", record)
+    left = [entry for entry in asked if not is_whole_png(out / entry[2])]
+    tokens = generator.model.config.num_tokens
+    with progress("generate", len(asked) * tokens, start=(len(asked) - len(left)) * tokens, unit="tokens") as bar:
+        for first in range(0, len(left), batch_size):
+            batch = left[first : first + batch_size]
+            before = (len(asked) - len(left) + first) * tokens
+            drawn = _draw(generator, batch, out, bar=bar, before=before, preview=preview)
+            for (_, _, name), picture in zip(batch, drawn, strict=True):
+                save_png(out / name, picture)
+    save_png(out / "sheet.png", sheet_of([_read(out / name) for _, _, name in asked], texts, num=num))
+    (out / "preview.png").unlink(missing_ok=True)
     console.print(f"{len(asked)} pictures in {out}; side by side: {out / 'sheet.png'}")
     return [out / name for _, _, name in asked]
+
+
+def _begin(path: Path, record: dict[str, Any]) -> None:
+    """Write the record, or go on where the same command was stopped. Raises `UserError` for another one's pictures."""
+    record = json.loads(json.dumps(record))
+    if path.exists():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            found = None
+        if found != record:
+            raise UserError(f"{path.parent} holds pictures of another model, prompts or settings: choose another --out")
+        return
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _read(path: Path) -> Tensor:
+    """(3, S, S) uint8."""
+    return rearrange(torch.from_numpy(np.array(Image.open(path).convert("RGB"))), "h w c -> c h w")
 
 
 def generate_benchmark(
@@ -114,8 +138,11 @@ def generate_benchmark(
     """
     if benchmark == "dpg" and num != 4:
         raise UserError(f"--num is {num}, but a picture of DPG-Bench has 4 tiles: leave --num out")
+    distributed.start(device_type=pick_device(device).type)
     generator = _open(model, sampling, device=device, precision=precision, caption_encoder=caption_encoder)
     settings: dict[str, Any] = {**generator.identity(), **generator.sampling}
+    if settings["dtype"] != "float32":
+        settings["batch_size"] = batch_size  # pictures depend on it there
 
     def generate(texts: list[str], seeds: list[int]) -> Tensor:
         return generator.generate(texts, seeds=seeds)
@@ -187,8 +214,10 @@ def _stems(texts: list[str]) -> list[str]:
         words = re.sub(r"\W+", "-", text.lower()).strip("-")[:LONGEST_STEM].strip("-")
         while len(words.encode()) > 2 * LONGEST_STEM:  # file systems count bytes
             words = words[:-1]
-        stem = words or f"prompt-{place}"
-        stems.append(stem if stem not in stems and stem not in ("sheet", "preview") else f"{stem}-{place}")
+        stem, number = words or f"prompt-{place}", 2
+        while stem in (*stems, "sheet", "preview", "generation"):
+            stem, number = f"{words or 'prompt'}-{number}", number + 1
+        stems.append(stem)
     return stems
 
 
@@ -198,6 +227,7 @@ def sheet_of(pictures: Sequence[Tensor], texts: Sequence[str], *, num: int, side
     Pictures smaller than `side` are enlarged in whole steps.
     """
     own = pictures[0].shape[-1]
+    side = min(side, int((MOST_PIXELS / len(pictures)) ** 0.5))
     scaled = own * max(1, side // own)
     sheet = Image.new("RGB", (num * scaled, len(texts) * (scaled + TEXT_HEIGHT)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)

@@ -31,7 +31,7 @@ from qlip.core.images import ImageLimits, ImageRejected, open_image
 from qlip.core.log import progress
 from qlip.engine.parallel import pick_device
 from qlip.evals.card import run_card_fields
-from qlip.evals.run import write_results
+from qlip.evals.results import write_results
 from qlip.models.qlip.fingerprint import encoder_fingerprint
 from qlip.models.qlip.loading import load_model, load_processor
 from qlip.models.qlip.modeling import QLIPModel

@@ -224,6 +224,7 @@ ALL = (
 )
 PROTOCOLS = {protocol.name: protocol for protocol in ALL}
 SCENES = ("scenes-reconstruction-v1", "scenes-zeroshot-v1")
+SCENES_GENERATED = ("scenes-geneval-v1",)
 
 
 def find_protocol(name: str) -> Protocol:

@@ -9,8 +9,6 @@ OUT/features                what probes learn from, kept for the next run
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +16,6 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
-from rich.table import Table
 from torch import nn
 
 from qlip.core import distributed
@@ -37,6 +34,7 @@ from qlip.evals.networks import Networks
 from qlip.evals.picture_metrics import FRECHET
 from qlip.evals.protocols import ReconstructionSettings, TextToImageSettings, find_protocol
 from qlip.evals.reconstruction import ReconstructionEvaluator
+from qlip.evals.results import write_results
 from qlip.evals.retrieval import RetrievalEvaluator
 from qlip.evals.scene_generation import SceneGenerationEvaluator
 from qlip.evals.scene_zero_shot import SceneZeroShotEvaluator
@@ -48,7 +46,6 @@ from qlip.models.opening import open_measured
 from qlip.models.qlip.modeling import QLIPModel
 from qlip.models.qlip.processing import QLIPProcessor
 
-SUFFIX = "_baseline"
 FROM_OUTSIDE = ("rfid", "lpips_alex", "lpips_vgg", "gfid")
 LEFT_OUT = (*FROM_OUTSIDE, *IN_CLIP)
 
@@ -92,6 +89,8 @@ class EvalRequest:
     """Metrics that are not to be measured."""
     networks: Path | None = None
     """Folder of the weights of Inception and LPIPS."""
+    caption_encoder: str = ""
+    """Folder of a generator's T5, if it lies elsewhere than in training."""
     clip: Path | None = None
     """Model that scores generated pictures against captions."""
     folder: Path | None = None
@@ -160,6 +159,11 @@ def result_folder(model: str | Path, *, root: str = "runs/eval") -> Path:
     return Path(root) / "-".join(parts[-2:] or ["model"])
 
 
+def default_evals(model: str | Path) -> tuple[str, ...]:
+    """The protocols on scenes that fit a model."""
+    return protocols.SCENES_GENERATED if is_generator(model) else protocols.SCENES
+
+
 def build_evaluator(name: str, data: EvalInput, *, clip: Path | None = None) -> MeasuredEvaluator:
     """The evaluation of that name; `clip` is what generators are scored with.
 
@@ -189,7 +193,7 @@ def run_evals(model: Path | str, request: EvalRequest, *, device: str = "auto") 
     warn_of_unused(request)
     place = pick_device(device)
     distributed.start(device_type=place.type)
-    data, measured = distributed.on_all_ranks(lambda: (request.open(), _opened(model)))
+    data, measured = distributed.on_all_ranks(lambda: (request.open(), _opened(model, request.caption_encoder)))
     measured.to(place)
     results: list[dict[str, Any]] = []
     for name in request.evals:
@@ -204,9 +208,10 @@ def run_evals(model: Path | str, request: EvalRequest, *, device: str = "auto") 
     return results
 
 
-def _opened(model: Path | str) -> MeasuredModel:
+def _opened(model: Path | str, caption_encoder: str) -> MeasuredModel:
     """A model to be measured, or a generator, which evaluations that it cannot pass refuse."""
-    return cast(MeasuredModel, open_generator(model)) if is_generator(model) else open_measured(model)
+    generator = open_generator(model, caption_encoder=caption_encoder) if is_generator(model) else None
+    return open_measured(model) if generator is None else cast(MeasuredModel, generator)
 
 
 def _write(
@@ -254,45 +259,3 @@ class TrainingEvaluator:
     def card(self) -> dict[str, Any]:
         """How they were measured."""
         return self.evaluator.card()
-
-
-def print_results(results: list[dict[str, Any]]) -> None:
-    """A table per evaluation: figure, value, baseline."""
-    for result in results:
-        card = result["card"]
-        part = "" if card.get("complete", True) else ", not the full set"
-        title = f"{card['protocol']}  ({card['count']} samples of {card['data']}{part})"
-        table = Table(title=title, title_justify="left")
-        table.add_column("figure")
-        table.add_column("value", justify="right")
-        if card["baseline"]:
-            table.add_column(card["baseline"], justify="right")
-        for name, value in result["figures"].items():
-            if not name.endswith(SUFFIX):
-                cells = [_shown(value)]
-                if card["baseline"]:
-                    cells.append(_shown(result["figures"].get(name + SUFFIX, "")))
-                table.add_row(name, *cells)
-        console.print(table)
-
-
-def _shown(value: float | str | None) -> str:
-    """Four digits; a dash for what could not be measured (NaN here, null in a file)."""
-    if isinstance(value, str):
-        return value
-    return "\N{EN DASH}" if value is None or math.isnan(value) else f"{value:.4f}"
-
-
-def write_results(path: Path, results: list[dict[str, Any]]) -> None:
-    """Write results as JSON, NaN and infinities as null; the file appears whole or not at all."""
-    results = [
-        {**result, "figures": {k: v if math.isfinite(v) else None for k, v in result["figures"].items()}}
-        for result in results
-    ]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(results, indent=1))
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another file") from None

@@ -26,6 +26,7 @@ from qlip.models.qlip.pretrained import one_line
 from qlip.models.qlip.tokenizer import PLAIN_TEXTS, clip_tokenizer
 from qlip.models.text_to_image import TextToImageConfig
 
+JOINERS = "\u200c\u200d"  # join or part letters and emoji; every other invisible character goes
 LONGEST_PROMPT = 100_000  # characters; a tokenizer takes seconds for more
 
 
@@ -129,6 +130,8 @@ def _open_t5(config: TextToImageConfig, source: str) -> CaptionEncoder:
     absent = [*info["missing_keys"], *info["mismatched_keys"]]  # left over may be what it likes: FLAN-T5 has a decoder
     if absent:
         raise UserError(f"{source} lacks {len(absent)} tensors of a T5 encoder: download it again")
+    if network.dtype == torch.float16:
+        network.float()  # T5 overflows in float16
     _same_width(config, network.config.d_model, source)
 
     def t5_features(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -149,8 +152,10 @@ def cleaned_prompt(prompt: str) -> str:
     """
     if len(prompt) > LONGEST_PROMPT:
         raise UserError(f"the prompt has {len(prompt)} characters: give at most {LONGEST_PROMPT}")
-    kept = "".join(" " if unicodedata.category(c) in ("Cc", "Cs", "Co", "Cn") else c for c in prompt)
+    kept = "".join(
+        " " if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co", "Cn") and c not in JOINERS else c for c in prompt
+    )
     text = " ".join(unicodedata.normalize("NFC", kept).split())
-    if not text:
+    if not text.strip(JOINERS + " "):
         raise UserError("the prompt is empty: say what the picture should show, in quotes")
     return text

@@ -2,8 +2,9 @@
 
 Every picture has a seed, from which all uniform numbers that choose its tokens are drawn before the first step, on the
 CPU. A choice is the inverse of the cumulative distribution at such a number, so a picture depends on its prompt and
-seed, not on what it is drawn beside or on the device. (Matrix products of other batch sizes round differently in the
-last digit, which moves a choice only when its number falls that close to the border of two codes.)
+seed, not on what it is drawn beside or on the device. Matrix products of other batch sizes round differently in the
+last digit: in float32 that moves a choice only when its number falls that close to the border of two codes; in bfloat16
+it is common, so compiled batches are filled up to one size, and pictures are the same at one batch size.
 """
 
 from __future__ import annotations
@@ -104,6 +105,7 @@ class Sampler:
         config.check()
         self.model, self.config = model, config
         compiled = model.device.type == "cuda" if compile is None else compile
+        self._compiled, self._most_rows = compiled, 0
         self._advance = torch.compile(self._step, mode="reduce-overhead", fullgraph=True) if compiled else self._step
         self._cache: StaticCache | None = None
         self._cache_size = (0, 0)
@@ -118,6 +120,14 @@ class Sampler:
         """
         model, head = self.model, self.model.head
         assert not model.training, "sampling needs evaluation mode"
+        num_asked = len(seeds)
+        if self._compiled:  # every other size would be compiled anew, and products of other sizes round differently
+            self._most_rows = max(self._most_rows, num_asked)
+            missing = self._most_rows - num_asked
+            caption, caption_mask = (
+                torch.cat([x, x[-1:].expand(missing, *x.shape[1:])]) for x in (caption, caption_mask)
+            )
+            seeds = seeds + seeds[-1:] * missing
         per_token, num_tokens = head.positions_per_token, model.config.num_tokens
         count = num_tokens * per_token
         uniforms = uniform_numbers(seeds, count=count, width=head.piece_width).to(model.device)
@@ -130,9 +140,11 @@ class Sampler:
                 hidden, uniforms[:, position], mask, start + position, cache, place=place, is_last=is_last
             )
             pieces[:, position] = piece
+            if self._compiled:
+                hidden = hidden.clone()  # a CUDA graph writes its next outputs over its last ones
             if on_tokens is not None and place + 1 == per_token:
-                on_tokens((position + 1) // per_token, head.bits(pieces))
-        return head.bits(pieces)
+                on_tokens((position + 1) // per_token, head.bits(pieces[:num_asked]))
+        return head.bits(pieces[:num_asked])
 
     def _prefill(self, caption: Tensor, caption_mask: Tensor, *, num_keys: int) -> tuple[Tensor, Tensor, StaticCache]:
         """The state behind the captions (m, d), which keys may be looked at (m, keys), and the filled cache."""

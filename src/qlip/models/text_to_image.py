@@ -237,12 +237,16 @@ class TextToImageModel(PreTrainedModel):
         return self.caption_projector(features), mask
 
     def forward(
-        self, caption: Tensor, caption_mask: Tensor, bits: Tensor, *, dropped: Tensor | None = None, **_: object
+        self, caption: Tensor, caption_mask: Tensor, bits: Tensor, *, dropped: Tensor | None = None
     ) -> TextToImageOutput:
         """Captions as `prefix` takes them and bits (b, n, L) bool -> `TextToImageOutput`.
 
-        In training a share `caption_dropout` of the captions is dropped, unless `dropped` says which.
+        In training `caption_dropout` drops captions, unless `dropped` says which; `ValueError` for another grid.
         """
+        if bits.shape[1:] != (self.config.num_tokens, self.config.num_bits):
+            raise ValueError(
+                f"bits of {tuple(bits.shape[1:])}, not of {self.config.num_tokens} tokens for each picture"
+            )
         if self.training and dropped is None:
             dropped = torch.rand(len(bits), device=bits.device) < self.config.caption_dropout
         prefix, mask = self.prefix(caption, caption_mask, dropped=dropped)

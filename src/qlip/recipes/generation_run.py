@@ -143,7 +143,7 @@ def run_generation(config: GenerationRunConfig, *, folder: Path, accept_changes:
     loader = distributed.on_all_ranks(partial(_loader, config, tokenizer, captions, folder))
     with said_once():
         train(
-            NextTokenTask(model, config.task, captions=captions, tokenizer=tokenizer),
+            NextTokenTask(model, config.task, captions=captions, tokenizer=tokenizer, seed=config.trainer.seed),
             loader,
             config.trainer,
             folder=folder,
@@ -179,7 +179,7 @@ def generator_config(size: GeneratorSize, tokenizer: ImageTokenizer, *, caption_
             depth_layers=size.depth_layers,
             bit_flips=size.bit_flips,
             caption_encoder=size.caption_encoder,
-            caption_source=caption_encoder,
+            caption_source=str(Path(caption_encoder).resolve()) if caption_encoder else "",
             caption_width=_caption_width(size, tokenizer, caption_encoder),
             caption_length=size.caption_length,
             caption_dropout=size.caption_dropout,
@@ -219,13 +219,19 @@ def _parts(config: GenerationRunConfig) -> tuple[ImageTokenizer, CaptionEncoder,
 def _loader(config: GenerationRunConfig, tokenizer: ImageTokenizer, captions: CaptionEncoder, folder: Path) -> Loader:
     ranks = {"rank": distributed.rank(), "num_ranks": distributed.world_size()}
     if config.data.tokens:
-        return token_loader(
+        loader = token_loader(
             config.data,
             tokenize=captions.tokenize,
             encoder_fingerprint=tokenizer.encoder_fingerprint,
             seed=config.trainer.seed,
             **ranks,
         )
+        if tuple(loader.store.info.grid) != tuple(tokenizer.grid):  # of one VQ model there are stores of many sizes
+            raise UserError(
+                f"{config.data.tokens} holds {loader.store.info.grid} tokens a picture, the tokenizer makes "
+                f"{tokenizer.grid}: set --tokenizer-image-size to that of `qlip tokenize`"
+            )
+        return loader
     config.images.batch_size, config.images.global_batch_size = config.data.batch_size, config.data.global_batch_size
     return training_loader(
         config.images,
@@ -259,6 +265,10 @@ def _pictures(
 def _refuse_impossible(config: GenerationRunConfig) -> None:
     if not config.tokenizer:
         raise UserError("no image tokenizer: add --tokenizer RUN/export (`make demo` trains one)")
+    if not Path(config.tokenizer).exists():  # the export has a copy of it
+        raise UserError(
+            f"no tokenizer at {config.tokenizer}: give a folder or file; download it first if it is a hub's"
+        )
     if bool(config.data.tokens) == bool(config.images.train):
         both = "both --data.tokens and --images.train are given" if config.data.tokens else "no training data"
         raise UserError(f"{both}: give --data.tokens STORE (`qlip tokenize` makes it), or --images.train SHARDS alone")

@@ -5,6 +5,7 @@ The loss of a picture is the mean over its tokens of -ln p; teacher forcing, one
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from qlip.core import pixels
+from qlip.core.distributed import rank
+from qlip.core.precision import float32_region
 from qlip.engine.interfaces import Batch, OptimizerConfig, Phase
 from qlip.models.caption_encoder import CaptionEncoder
 from qlip.models.image_tokenizer import ImageTokenizer
@@ -43,9 +46,14 @@ class NextTokenTask:
         *,
         captions: CaptionEncoder,
         tokenizer: ImageTokenizer | None = None,
+        seed: int = 0,
     ) -> None:
-        """`captions` and `tokenizer` are frozen; the latter is needed for batches of pictures."""
+        """`captions` and `tokenizer` are frozen; the latter is needed for batches of pictures.
+
+        `seed` decides which captions, activations and bits of the history are dropped in which step, on which rank.
+        """
         self.model, self.captions, self.tokenizer = model, captions, tokenizer
+        self.seed, self._place = seed, (-1, 0)  # step, micro-batch
         self._phase = Phase(name="train", modules=("model",), optimizer=config.optimizer)
 
     def modules(self) -> dict[str, nn.Module]:
@@ -58,6 +66,7 @@ class NextTokenTask:
 
     def loss(self, phase: Phase, batch: Batch, step: int) -> dict[str, Tensor]:
         """`token_loss` in nats a token; `bits_per_bit`, 1 for a model that knows nothing."""
+        self._reseed(step)
         self.captions.to(batch["input_ids"].device)
         caption, mask = self.captions.encode(batch["input_ids"], batch["attention_mask"])
         output = self.model(caption, mask, self._bits(batch))
@@ -68,10 +77,17 @@ class NextTokenTask:
     def after_step(self, phase: Phase, terms: dict[str, Tensor]) -> None:
         """Nothing is bounded."""
 
+    def _reseed(self, step: int) -> None:
+        """Ranks begin with one random state, and a GPU's is in no checkpoint: every micro-batch has its own."""
+        self._place = (step, self._place[1] + 1 if self._place[0] == step else 0)
+        text = f"{self.seed}/{step}/{self._place[1]}/{rank()}"
+        torch.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]))
+
     def _bits(self, batch: Batch) -> Tensor:
         if "bits" in batch:
             return batch["bits"]
         assert self.tokenizer is not None, "pictures need a tokenizer"
         pictures = pixels.to_uint8(batch["pixel_values"])
         self.tokenizer.to(pictures.device)
-        return self.tokenizer.encode(pictures).clone()  # an inference tensor could not be saved for the backward pass
+        with float32_region(pictures.device.type):  # as `qlip tokenize` does: autocast would flip bits
+            return self.tokenizer.encode(pictures).clone()  # an inference tensor could not be saved for backward

@@ -69,8 +69,16 @@ def test_pictures_a_sheet_and_a_record(qlip: Shell, generator: Path, tmp_path: P
         assert (first == pixels(again / f"a-red-star_{index}.png")).all()
         assert (first == pixels(out / f"a-red-star-2_{index}.png")).all()
     assert (pixels(out / "a-red-star_0.png") != pixels(out / "a-red-star_1.png")).any()
-    qlip.works("generate", generator, "a red star", "--num", 1, "--out", again, "--seed", 1, "--device", "cpu")
-    assert (pixels(again / "a-red-star_0.png") != pixels(out / "a-red-star_0.png")).any()
+    same = ("generate", generator, "a red star", "--num", 2, "--out", again, "--device", "cpu")
+    kept = (again / "a-red-star_0.png").stat().st_mtime_ns
+    (again / "a-red-star_1.png").unlink()
+    qlip.works(*same)  # goes on where it was stopped
+    assert (again / "a-red-star_0.png").stat().st_mtime_ns == kept
+    assert (pixels(again / "a-red-star_1.png") == pixels(out / "a-red-star_1.png")).all()
+    assert "of another model, prompts or settings" in qlip.refused(*same, "--seed", 1)
+    other = tmp_path / "other"
+    qlip.works("generate", generator, "a red star", "--num", 1, "--out", other, "--seed", 1, "--device", "cpu")
+    assert (pixels(other / "a-red-star_0.png") != pixels(out / "a-red-star_0.png")).any()
 
 
 def test_what_is_not_read_of_a_prompt_is_said(qlip: Shell, generator: Path, tmp_path: Path):
@@ -102,6 +110,8 @@ REFUSED = {
         "give --prompts PATH, no prompt",
     ),
     "benchmark without prompts": (("--benchmark", "dpg"), "--benchmark dpg takes its prompts from its files"),
+    "preview of a benchmark": (("--benchmark", "dpg", "--prompts", "here", "--preview"), "--preview is for prompts"),
+    "invisible characters": (("\u200b\u202e",), "the prompt is empty"),
     "prompts without benchmark": (
         ("a star", "--prompts", "here"),
         "--prompts is read for a benchmark: add --benchmark",

@@ -257,3 +257,27 @@ def test_other_batches_and_ids_of_a_learned_table():
     for num in (1, 2, 3):
         assert torch.equal(sampler.sample(ids[:num], mask[:num], seeds=SEEDS[:num]), found[:num])
     assert found.shape == some_bits().shape and found.dtype == torch.bool
+
+
+@torch.no_grad()
+def test_compiled_batches_are_filled_up_to_one_size(monkeypatch):
+    """A stand-in for the compiler counts the sizes that it would have to compile for."""
+    rows: set[int] = set()
+
+    def compiler(step, **options):
+        assert options == {"mode": "reduce-overhead", "fullgraph": True}
+
+        def compiled(hidden: Tensor, *rest: object, **places: object) -> tuple[Tensor, Tensor]:
+            rows.add(len(hidden))
+            return step(hidden, *rest, **places)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    model = tiny_generator("flat")
+    features, mask = captions()
+    sampler = Sampler(model, SamplingConfig(guidance=3.0), compile=True)
+    whole = sampler.sample(features, mask, seeds=SEEDS)
+    lengths: list[int] = []
+    last = sampler.sample(features[2:], mask[2:], seeds=SEEDS[2:], on_tokens=lambda _, bits: lengths.append(len(bits)))
+    assert torch.equal(last, whole[2:]) and set(lengths) == {1} and rows == {6}

@@ -120,3 +120,23 @@ def test_pictures_without_a_tokenizer_are_a_programmers_mistake(captions: Captio
     task = task_of(captions)
     with pytest.raises(AssertionError, match="pictures need a tokenizer"):
         task.loss(task.phases(0)[0], pictures, 0)
+
+
+def test_what_is_dropped_depends_on_seed_step_micro_batch_and_rank(monkeypatch, tokenizer, captions, pictures):
+    batch = {name: pictures[name] for name in ("input_ids", "attention_mask")}
+    batch["bits"] = tokenizer.encode(to_uint8(pictures["pixel_values"])).clone()
+    torch.manual_seed(0)
+    model = TextToImageModel(config(dropout=0.3)).train()
+    for part in model.head.modules():
+        if isinstance(part, torch.nn.Linear):
+            torch.nn.init.normal_(part.weight, std=0.3)
+
+    def losses(*, seed: int = 0, steps: tuple[int, ...] = (5, 5), rank: int = 0) -> list[float]:
+        monkeypatch.setattr("qlip.tasks.next_token.rank", lambda: rank)
+        task = NextTokenTask(model, NextTokenConfig(), captions=captions, seed=seed)
+        return [task.loss(task.phases(step)[0], batch, step)["token_loss"].item() for step in steps]
+
+    first, second = losses()
+    assert losses() == [first, second] and first != second
+    assert losses(steps=(4, 5))[1] == first  # a resumed run draws what an uninterrupted one did
+    assert losses(seed=1)[0] != first and losses(rank=1)[0] != first

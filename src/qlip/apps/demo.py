@@ -37,7 +37,7 @@ from qlip.recipes.run import RunConfig, run_recipe
 
 PROMPTS = ("a star", "a red circle", "a blue square", "a heart and a ring")  # what the generator is shown by
 NUM_TOKENIZED = 20_000  # scenes that the generator learns from
-GENERATOR_STEPS = 1300  # not the recipe's 3,000: the demo should be over in a quarter of an hour
+GENERATOR_STEPS = 1300  # not the recipe's 1,600: the demo should be over in a quarter of an hour
 GENERATION_EVAL = "scenes-geneval-v1"
 EVALS = ("scenes-reconstruction-v1", "scenes-zeroshot-v1", "scenes-linear-v1", "scenes-knn20-v1")
 TRAIN_OBJECT_COUNTS = (0.85, 0.05, 0.05, 0.05)  # mostly single objects: their captions teach shapes soonest

@@ -84,12 +84,13 @@ def t2i_xl_256_small() -> GenerationRunConfig:
 
 
 def scenes_t2i_tiny() -> GenerationRunConfig:
-    """A generator of 1M parameters and a caption table for the demo's tokenizer: 36 tokens of 28 bits, two CPU cores.
+    """A generator of 0.8M parameters and a caption table for the demo's tokenizer: 36 tokens of 28 bits, two CPU cores.
 
     Command:  qlip train scenes_t2i_tiny --tokenizer runs/demo/stage2/export --data.tokens runs/demo/tokens
     Hardware: two CPU cores, under 2 GB of memory.
-    Time:     to be measured
-    Expect:   to be measured
+    Time:     six minutes on one core (measured on an AMD EPYC with AVX2 that had other work too), less on two.
+    Expect:   single objects right in 64 % of pictures, colours in 62 % (chance 17 % and 2 %; means of three seeds); two
+              objects 11 %, counts and places at a few per cent: docs/results/text_to_image.md.
 
     The store: `qlip tokenize runs/demo/stage2/export SCENES runs/demo/tokens --caption-fields prompts`.
     """
@@ -114,6 +115,6 @@ def scenes_t2i_tiny() -> GenerationRunConfig:
             optimizer=OptimizerConfig(name="adamw", lr=2e-3, eps=1e-8, warmup_steps=50, clip_norm=1.0)
         ),
         data=TokenDataConfig(batch_size=32),
-        trainer=TrainerConfig(steps=3000, log_every=50, save_every=1000),
+        trainer=TrainerConfig(steps=1600, log_every=50, save_every=800),
         sample_prompts=("a star", "a red ring", "a blue square and a green circle", "two triangles"),
     )

@@ -112,29 +112,33 @@ class _SubcodeTables(nn.Module):
 
     def embed(self, codes: Tensor, place: int) -> Tensor:
         """(...) codes of sub-code `place` -> (..., d)."""
-        signs = self._signs(codes, self.division[place])
+        size = self.division[place]
+        signs = (2 * digit_bits(codes, size).to(torch.int64) - 1).to(self.bit_embedding.weight.dtype)
         of_bits = F.linear(signs, self.bit_embedding.weight[:, self._bits_of(place)])
         return self.embedding(codes + self.starts[place]) + of_bits
 
     def logits(self, hidden: Tensor, place: int) -> Tensor:
         """(..., d) -> (..., 2^l) of sub-code `place`."""
         start, size = self.starts[place], self.division[place]
-        signs = self._signs(torch.arange(1 << size, device=hidden.device), size)  # (2^l, l)
-        of_bits = F.linear(hidden, self.bit_output.weight[self._bits_of(place)])
-        return F.linear(hidden, self.output.weight[start : start + (1 << size)]) + F.linear(of_bits, signs)
+        of_bits = _signed_sums(F.linear(hidden, self.bit_output.weight[self._bits_of(place)]))
+        return F.linear(hidden, self.output.weight[start : start + (1 << size)]) + of_bits
 
     def nll(self, hidden: Tensor, codes: Tensor, place: int) -> Tensor:
         """(b, n, d), (b, n) -> (b, n) float32."""
         logits = self.logits(hidden, place).float()  # logarithms of thousands of classes
         return F.cross_entropy(logits.flatten(0, -2), codes.flatten(), reduction="none").view(codes.shape)
 
-    def _signs(self, codes: Tensor, size: int) -> Tensor:
-        """(...) codes of `size` bits -> (..., size), +-1."""
-        return (2 * digit_bits(codes, size).to(torch.int64) - 1).to(self.bit_embedding.weight.dtype)
-
     def _bits_of(self, place: int) -> slice:
         first = sum(self.division[:place])
         return slice(first, first + self.division[place])
+
+
+def _signed_sums(values: Tensor) -> Tensor:
+    """(..., l) -> (..., 2^l): for every code the sum of the values, each with the sign of its bit, first bit on top."""
+    sums = torch.zeros_like(values[..., :1])
+    for value in values.unbind(-1):
+        sums = (sums[..., None] + torch.stack([-value, value], dim=-1)[..., None, :]).flatten(-2)
+    return sums
 
 
 class FlatHead(nn.Module):

@@ -139,6 +139,7 @@ def summarise(out: Path) -> dict[str, Any]:
             }
     chance = {tag: runs[0]["figures"][f"{tag}_baseline"] for tag in (*TAGS, "overall")}
     kept = {key: runs[0][key] for key in ("steps", "batch", "card", "git_commit", "versions")}
+    kept["card"] = {key: value for key, value in kept["card"].items() if key not in ("model", "command")}  # of a folder
     return {"rows": rows, "chance": chance, "ceilings": ceilings(out), **kept}
 
 

@@ -18,7 +18,8 @@ from qlip.apps.demo import TRAIN_OBJECT_COUNTS
 from qlip.core.log import console, read_metrics
 from qlip.data.scene_shards import write_scene_shards
 from qlip.data.scenes import SceneConfig
-from qlip.evals.run import EvalRequest, print_results, run_evals
+from qlip.evals.results import print_results
+from qlip.evals.run import EvalRequest, run_evals
 from qlip.recipes import find_recipe
 from qlip.recipes.model import ModelConfig, TowerSize
 from qlip.recipes.run import RunConfig, run_recipe

@@ -187,7 +187,6 @@ def main() -> None:
     on_gpu = options.device == "cuda"
     if not on_gpu:
         torch.set_num_threads(1)
-    torch._dynamo.config.recompile_limit = 64  # of one code, and here many samplers share it
     smallest, scales = options.size[0], (1.0, options.guidance)
     facts = check_facts(
         smallest,

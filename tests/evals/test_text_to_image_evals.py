@@ -75,7 +75,8 @@ class Brightness(Networks):
     def __init__(self) -> None:
         super().__init__(None)
 
-    def inception(self, device: torch.device):
+    def inception(self, device: torch.device, *, metric: str):
+        assert metric == "gfid"
         features = lambda pictures: pictures.float().mean((1, 2, 3))[:, None]  # noqa: E731
         features.card = lambda: {"feature_network": "brightness"}
         return features

@@ -60,6 +60,8 @@ def generate_pictures(
     Raises `UserError` for empty prompts, impossible numbers, a folder that is no generator or cannot be written, and an
     `out` with pictures of another call.
     """
+    if distributed.launched_processes() > 1:
+        raise UserError("prompts are drawn by one process, only benchmarks are shared: start qlip generate by itself")
     if not prompts:
         raise UserError('no prompt given: qlip generate MODEL "a red star" --out DIR')
     for name, value in (("--num", num), ("--batch-size", batch_size)):
@@ -79,6 +81,7 @@ def generate_pictures(
         **generator.identity(),
         "sampling": generator.sampling,
         "seed": seed,
+        "batch_size": batch_size if generator.model.dtype != torch.float32 else "any",  # see models/sampling.py
         "pictures": [{"file": name, "prompt": text, "seed": own_seed} for text, own_seed, name in asked],
     }
     _begin(out / "generation.json", record)
@@ -109,8 +112,11 @@ def _begin(path: Path, record: dict[str, Any]) -> None:
             raise UserError(f"{path.parent} holds pictures of another model, prompts or settings: choose another --out")
         return
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; free disk space or choose another --out") from None
 
 
 def _read(path: Path) -> Tensor:

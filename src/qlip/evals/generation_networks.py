@@ -50,11 +50,7 @@ class Judges:
         self.card: dict[str, Any] = {}
         self.inception = None
         if "gfid" in wanted:
-            try:
-                self.inception = networks.inception(device)
-            except UserError as error:  # its remedy names the other metric over the same network
-                text = str(error).replace("--leave-out rfid", "--leave-out gfid")
-                raise UserError(text.replace("rFID needs", "gFID needs")) from None
+            self.inception = networks.inception(device, metric="gfid")
             self.card |= {**self.inception.card(), "feature_note": NOT_CLEAN_FID}
         self.clip: MeasuredModel | None = None
         if set(IN_CLIP) & set(wanted):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,14 +28,17 @@ CPU_BATCH = 10  # pictures; a hundred at once take 2.6 GB there and a quarter lo
 class InceptionFeatures:
     """FID's network: Inception-v3 of 2015 in torch-fidelity's port, which resizes as TensorFlow 1 did."""
 
-    def __init__(self, weights: Path, *, device: torch.device) -> None:
-        """Raises `UserError` without the package, without the file, and for one that holds anything but the weights."""
+    def __init__(self, weights: Path, *, metric: str, device: torch.device) -> None:
+        """`metric` is what it is wanted for, which the remedies name.
+
+        Raises `UserError` without the package, without the file, and for one that holds anything but the weights.
+        """
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError:
-            remedy = "pip install 'qlip[eval]', or leave the metric out with --leave-out rfid"
-            raise UserError(f"rFID needs torch-fidelity: {remedy}") from None
-        remedy = f"fetch {INCEPTION_URL} and put it there, or leave the metric out with --leave-out rfid"
+            remedy = f"pip install 'qlip[eval]', or leave the metric out with --leave-out {metric}"
+            raise UserError(f"Inception needs torch-fidelity: {remedy}") from None
+        remedy = f"fetch {INCEPTION_URL} and put it there, or leave the metric out with --leave-out {metric}"
         checked = io.BytesIO()
         torch.save(read_weights(weights, what="Inception weights", remedy=remedy), checked)
         checked.seek(0)
@@ -72,9 +75,10 @@ class Networks:
         """`folder` None looks in the cache alone."""
         self.folder = folder
 
-    def inception(self, device: torch.device) -> InceptionFeatures:
-        """The network of rFID. Raises `UserError` that says what to fetch when its weights are not there."""
-        return InceptionFeatures(self._find(INCEPTION_URL, what="Inception weights", metric="rfid"), device=device)
+    def inception(self, device: torch.device, *, metric: Literal["rfid", "gfid"] = "rfid") -> InceptionFeatures:
+        """The network of rFID and gFID. Raises `UserError` that says what to fetch when its weights are not there."""
+        weights = self._find(INCEPTION_URL, what="Inception weights", metric=metric)
+        return InceptionFeatures(weights, metric=metric, device=device)
 
     def lpips(self, net: LpipsNet, device: torch.device) -> LpipsDistance:
         """LPIPS over AlexNet or VGG-16. Raises `UserError` as `inception` does."""

@@ -20,6 +20,8 @@ from transformers import StaticCache
 from qlip.core.errors import UserError
 from qlip.models.text_to_image import TextToImageModel, causal_mask
 
+GRAPHS = 256
+"""How often steps may be compiled in one process before PyTorch gives up; its own limit of 8 is two samplers."""
 OnTokens = Callable[[int, Tensor], None]
 """Tokens drawn so far, and all bits (b, n, L), False where not drawn yet: for progress and previews."""
 
@@ -105,6 +107,8 @@ class Sampler:
         config.check()
         self.model, self.config = model, config
         compiled = model.device.type == "cuda" if compile is None else compile
+        if compiled:  # a graph for each place of a token and each sampler of the process, which all count together
+            torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
         self._compiled, self._most_rows = compiled, 0
         self._advance = torch.compile(self._step, mode="reduce-overhead", fullgraph=True) if compiled else self._step
         self._cache: StaticCache | None = None

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 Batch = dict[str, Any]
-"""Keys: `pixel_values` (b, 3, h, w) CLIP-normalised; `input_ids`, `attention_mask` (b, t) int64; `labels` (b,) int64;
-`key` list of sample names; `sample_index` (b,) int64, -1 marks padding that every metric drops."""
+"""Keys: `pixel_values` (b, 3, h, w) CLIP-normalised; `input_ids`, `attention_mask` (b, t) int64; `labels` int64, (b,)
+classes, or (b, t) of chats, where -100 is not learned; `key` list of sample names; `sample_index` (b,) int64, -1 marks
+padding that every metric drops."""
 
 
 @dataclass(kw_only=True, slots=True)

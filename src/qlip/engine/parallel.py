@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from transformers import LlamaModel
+from transformers import PreTrainedModel
 
 from qlip.core.distributed import launched_processes, replicating_mesh, sharding_mesh
 from qlip.core.errors import UserError
@@ -84,9 +84,19 @@ def make_scalars_vectors(modules: nn.Module) -> None:
                 setattr(module, name, vector)
 
 
-def block_stacks(module: nn.Module) -> list[BlockStack | LlamaModel]:
+def block_stacks(module: nn.Module) -> list[BlockStack | PreTrainedModel]:
     """Modules that hold transformer blocks as `layers`: our towers' and those of transformers' language models."""
-    return [part for part in module.modules() if isinstance(part, BlockStack | LlamaModel)]
+    return [
+        part
+        for part in module.modules()
+        if isinstance(part, BlockStack | PreTrainedModel) and isinstance(getattr(part, "layers", None), nn.ModuleList)
+    ]
+
+
+def _blocks_of(stack: BlockStack | PreTrainedModel) -> nn.ModuleList:
+    blocks = stack.layers
+    assert isinstance(blocks, nn.ModuleList)
+    return blocks
 
 
 def set_activation_checkpointing(modules: nn.Module, *, enabled: bool) -> None:
@@ -105,7 +115,7 @@ def compile_blocks(modules: nn.Module, *, backend: str = "inductor") -> None:
     """
     torch._functorch.config.donated_buffer = False
     for stack in block_stacks(modules):
-        for block in stack.layers:
+        for block in _blocks_of(stack):
             if not getattr(block, "keep_eager", False):
                 block.compile(backend=backend)
 
@@ -123,7 +133,7 @@ def shard(module: nn.Module, kind: ParallelKind, device: torch.device) -> None:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = replicating_mesh(device.type) if kind == "ddp" else sharding_mesh(device.type)
     for stack in block_stacks(module):
-        for block in stack.layers:
+        for block in _blocks_of(stack):
             fully_shard(block, mesh=mesh)
     fully_shard(module, mesh=mesh, reshard_after_forward=False)
     assert isinstance(module, FSDPModule)

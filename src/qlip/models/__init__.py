@@ -1,6 +1,8 @@
 """Whole networks; importing this room registers them with transformers' Auto classes."""
 
 from qlip.models.qlip import (
+    QLIPCodeTower,
+    QLIPCodeTowerConfig,
     QLIPConfig,
     QLIPDecoder,
     QLIPDecoderConfig,
@@ -14,6 +16,8 @@ from qlip.models.qlip import (
 )
 
 __all__ = [
+    "QLIPCodeTower",
+    "QLIPCodeTowerConfig",
     "QLIPConfig",
     "QLIPDecoder",
     "QLIPDecoderConfig",

@@ -14,12 +14,13 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from qlip.models.qlip.classification import QLIPForImageClassification
+from qlip.models.qlip.code_tower import QLIPCodeTower, QLIPCodeTowerConfig
 from qlip.models.qlip.configuration import QLIPConfig, QLIPDecoderConfig, QLIPTextConfig, QLIPVisionConfig
 from qlip.models.qlip.modeling import QLIPModel
 from qlip.models.qlip.processing import QLIPProcessor
 from qlip.models.qlip.towers import QLIPDecoder, QLIPTextModel, QLIPVisionModel
 
-for _model in (QLIPModel, QLIPVisionModel, QLIPTextModel, QLIPDecoder):
+for _model in (QLIPModel, QLIPVisionModel, QLIPTextModel, QLIPDecoder, QLIPCodeTower):
     AutoConfig.register(_model.config_class.model_type, _model.config_class, exist_ok=True)
     AutoModel.register(_model.config_class, _model, exist_ok=True)
 AutoModelForZeroShotImageClassification.register(QLIPConfig, QLIPModel, exist_ok=True)
@@ -34,6 +35,8 @@ for _config in (QLIPConfig, QLIPVisionConfig):
     )
 
 __all__ = [
+    "QLIPCodeTower",
+    "QLIPCodeTowerConfig",
     "QLIPConfig",
     "QLIPDecoder",
     "QLIPDecoderConfig",

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
+
+from tiny_studies import TOKENIZERS, make_tokenizers, spread, train_in_processes
 
 SETTINGS = {  # name -> (tokenizer, head)
     "qlip_bitwise": ("qlip", "bitwise"),
@@ -40,27 +39,10 @@ HERE = Path(__file__).parent
 
 def make_tokens(out: Path) -> None:
     """The demo's scenes, both tokenizers and their token stores."""
-    from qlip.apps.demo import TRAIN_OBJECT_COUNTS
     from qlip.apps.tokenize import tokenize_images
-    from qlip.data.scene_shards import write_scene_shards
-    from qlip.data.scenes import SceneConfig
-    from qlip.recipes import find_recipe
-    from qlip.recipes.run import run_recipe
 
-    train = SceneConfig(image_size=48, object_counts=TRAIN_OBJECT_COUNTS)
-    write_scene_shards(out / "data" / "train", num=40_000, split="train", config=train)
-    write_scene_shards(out / "data" / "test", num=4_000, split="test", config=SceneConfig(image_size=48))
-    for name in ("qlip", "bsqvit"):
-        for stage, recipe in (("stage1", "scenes_tiny"), ("stage2", "scenes_tiny_stage2")):
-            if (out / name / stage / "export" / "config.json").exists():
-                continue
-            config = find_recipe(recipe)
-            config.data.train = str(out / "data" / "train")
-            if stage == "stage2":
-                config.task.init = str(out / name / "stage1" / "export")
-            elif name == "bsqvit":
-                config.task.contrastive_weight = 0.0
-            run_recipe(config, folder=out / name / stage)
+    make_tokenizers(out)
+    for name in TOKENIZERS:
         export = out / name / "stage2" / "export"
         tokenize_images(export, str(out / "data" / "train"), out / name / "tokens", caption_fields=("prompts",))
 
@@ -110,18 +92,7 @@ def train_all(out: Path, *, seeds: int, steps: int, parallel: int) -> None:
     """Every setting and seed, `parallel` processes at a time; what is there already is kept."""
     make_tokens(out)
     jobs = [(name, seed) for seed in range(seeds) for name in SETTINGS]
-
-    def run(job: tuple[str, int]) -> None:
-        name, seed = job
-        if (out / f"{name}_{seed}.json").exists():
-            return
-        options = ["--out", str(out), "--one", name, str(seed), "--steps", str(steps)]
-        with (out / f"{name}_{seed}.log").open("a") as file:
-            subprocess.run([sys.executable, __file__, *options], stdout=file, stderr=subprocess.STDOUT, check=True)
-        print(name, seed, "done", flush=True)
-
-    with ThreadPoolExecutor(parallel) as pool:
-        list(pool.map(run, jobs))
+    train_in_processes(out, jobs, parallel=parallel, options=lambda name, seed: ["--steps", str(steps)])
 
 
 def summarise(out: Path) -> dict[str, Any]:
@@ -153,7 +124,7 @@ def ceilings(out: Path) -> dict[str, dict[str, float]]:
     prompts = scene_prompts(num_per_category=200, seed=1)
     pictures = render(ground_truth_scenes(prompts, seed=1), image_size=48)
     found = {"pictures themselves": score_scenes(prompts, read_scenes(pictures)).shares()}
-    for name in ("qlip", "bsqvit"):
+    for name in TOKENIZERS:
         tokenizer = open_image_tokenizer(out / name / "stage2" / "export")
         decoded = [tokenizer.decode(tokenizer.encode(part)) for part in pictures.split(100)]
         found[name] = score_scenes(prompts, [scene for part in decoded for scene in read_scenes(part)]).shares()
@@ -172,12 +143,6 @@ def print_table(summary: dict[str, Any]) -> None:
     print("| chance | " + " | ".join(f"{100 * summary['chance'][tag]:.1f}" for tag in tags) + " | | |")
     for name, shares in summary["ceilings"].items():
         print(f"| right scenes, {name} | " + " | ".join(f"{100 * shares[tag]:.1f}" for tag in tags) + " | | |")
-
-
-def spread(values: list[float], *, digits: int) -> str:
-    """`72.3 +- 4.1`."""
-    shown = f"{mean(values):.{digits}f}"
-    return shown + (f" \N{PLUS-MINUS SIGN} {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def draw(out: Path, summary: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from qlip import __version__, commands, eval_commands, recipe_commands, token_commands
+from qlip import __version__, chat_commands, commands, eval_commands, recipe_commands, token_commands
 from qlip.core.arguments import parse_arguments
 from qlip.core.errors import RankError, UserError, last_line, nearest_name
 
@@ -23,8 +23,10 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "table": eval_commands.table,
     "data scenes": commands.data_scenes,
     "data inspect": commands.data_inspect,
+    "data conversations": commands.data_conversations,
     "tokenize": token_commands.tokenize,
     "generate": token_commands.generate,
+    "ask": chat_commands.ask,
     "reconstruct": commands.reconstruct,
     "verify": commands.verify,
     "classify": commands.classify,
@@ -41,7 +43,7 @@ def _help(group: str = "") -> str:
         if not name.startswith(group):
             continue
         summary = (function.__doc__ or "").strip().splitlines()[0]
-        lines.append(f"  {name:<16}{summary}")
+        lines.append(f"  {name:<20}{summary}")
     lines += ["", "`qlip COMMAND --help` says more. Start with `qlip demo`."]
     return "\n".join(lines)
 

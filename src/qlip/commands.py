@@ -58,16 +58,67 @@ def data_scenes(
     print(f"{num} scenes in {len(paths)} shards under {out}; look at them with `qlip data inspect {out}`")
 
 
-def data_inspect(src: Positional[str], *, limit: int | None = None, caption_field: str = "txt") -> None:
-    """Read shards as training would and report samples, sizes, captions, and what would be skipped and why.
+def data_conversations(shards: Positional[str], out: Positional[Path], *, captions: bool = False) -> None:
+    """Write the questions of scenes as conversations in LLaVA's format, one record a scene.
+
+    Example: qlip data conversations data/train questions.json
+
+    Args:
+        shards: Shards of `qlip data scenes`: a folder, PATH/{00000..00009}.tar, or several joined by ::.
+        out: The .json file to write; the shards are then its images.
+        captions: Write one caption a scene instead, for training a projector alone.
+    """
+    from qlip.data.scene_conversations import write_scene_conversations
+
+    written = write_scene_conversations(shards, out, captions=captions)
+    print(
+        f"{written.num_records} conversations of {written.num_turns} answers in {out} ({written.num_skipped} scenes "
+        f"skipped); look at them with `qlip data inspect {out} --images {shards}`"
+    )
+
+
+def data_inspect(
+    src: Positional[str],
+    *,
+    limit: int | None = None,
+    caption_field: str = "txt",
+    images: str = "",
+    tokenizer: Path | None = None,
+    chat_template: str = "auto",
+    sample: int = 0,
+    max_length: int = 2048,
+) -> None:
+    """Read data as training would and report what is in it, and what would be skipped and why.
+
+    Shards: samples, sizes, captions. A .json or .jsonl of conversations: turns, lengths, missing pictures, and with
+    --tokenizer one of them as the language model gets it, what it is supervised on in green.
 
     Example: qlip data inspect 'PATH/{00000..00009}.tar'
 
     Args:
-        src: A folder, PATH/{00000..00009}.tar, or several joined by ::; local or remote (s3://, https://, hf://).
-        limit: Look at no more than so many samples.
+        src: A folder, PATH/{00000..00009}.tar, or several joined by ::; local or remote (s3://, https://, hf://). Or
+            LLaVA's .json or .jsonl.
+        limit: Look at no more than so many samples; of conversations, look for so many pictures (1,000).
         caption_field: Member that holds the caption.
+        images: Folder or shards with the pictures of conversations.
+        tokenizer: Folder of a language model, or of an assistant that `qlip train` has exported.
+        chat_template: auto (the folder's own), a name such as vicuna_v1, or a Jinja file.
+        sample: Number of the conversation to show.
+        max_length: Tokens of a conversation that training takes.
     """
+    if src.endswith((".json", ".jsonl")):
+        from qlip.apps.inspect_conversations import InspectSettings, inspect_conversations
+
+        settings = InspectSettings(
+            images=images,
+            tokenizer=tokenizer,
+            chat_template=chat_template,
+            sample=sample,
+            max_length=max_length,
+            num_pictures=1000 if limit is None else limit,
+        )
+        inspect_conversations(src, settings)
+        return
     from qlip.data.inspect import format_report, inspect_shards
     from qlip.data.shards import ShardConfig
 

@@ -27,7 +27,7 @@ def evaluate(
     clip: Path | None = None,
     caption_encoder: str = "",
     out: Path | None = None,
-    batch_size: int = 100,
+    batch_size: int | None = None,
     device: str = "auto",
     json: Path | None = None,
 ) -> None:
@@ -40,10 +40,10 @@ def evaluate(
 
     Args:
         model: Model folder or hub id: QLIP, or of others CLIP, SigLIP, diffusers' VQ or KL, LlamaGen's VQGAN; or a
-            text-to-image model of ours.
-        data: Pictures: class folders, a flat folder, tar shards, a COCO or Karpathy json, parquet.
+            text-to-image model or an assistant of ours.
+        data: Pictures: class folders, a flat folder, tar shards, a COCO or Karpathy json, parquet; question files.
         evals: Protocols by name; those of scenes if not given.
-        images: Folder of the pictures that a COCO or Karpathy json names, if it is not beside it.
+        images: Folder of the pictures that a COCO or Karpathy json or question files name, if not beside it.
         split: Which split of a Karpathy json.
         labels: File of class names, one a line, in place of the data's own.
         train_data: What linear probe and k-NN learn from.
@@ -54,14 +54,14 @@ def evaluate(
         clip: CLIP folder that scores generated pictures against captions.
         caption_encoder: Folder of a text-to-image model's T5, if it lies elsewhere than in training.
         out: Folder for results, a row per picture, the worst pictures; runs/eval/NAME if not given.
-        batch_size: Pictures per forward pass.
+        batch_size: Pictures per forward pass, 100 if not given; questions answered together, 8 if not given.
         device: auto, cpu, cuda, ...
         json: Also write the results to this file.
     """
     from qlip.core.distributed import stop
     from qlip.core.log import FIRST_PROCESS, console
     from qlip.evals.results import print_results, write_results
-    from qlip.evals.run import EvalRequest, default_evals, result_folder, run_evals
+    from qlip.evals.run import EvalRequest, default_batch_size, default_evals, result_folder, run_evals
 
     request = EvalRequest(
         data=data,
@@ -72,7 +72,7 @@ def evaluate(
         train_data=train_data,
         reference=reference,
         max_samples=max_samples,
-        batch_size=batch_size,
+        batch_size=default_batch_size(model) if batch_size is None else batch_size,
         leave_out=leave_out,
         networks=networks,
         clip=clip,

@@ -70,12 +70,16 @@ def train(arguments: list[str]) -> None:
     base = find_recipe(name)
     from qlip.core.distributed import stop
     from qlip.recipes.generation_run import GenerationOptions, GenerationRunConfig, run_generation
+    from qlip.recipes.instruction_run import InstructionOptions, InstructionRunConfig, run_instruction
     from qlip.recipes.run import TrainOptions, run_recipe
 
     prog, out = f"qlip train {name}", Path("runs") / name
     if isinstance(base, GenerationRunConfig):
         asked = parse_arguments(GenerationOptions, options, prog=prog, default=GenerationOptions(run=base, out=out))
         run_generation(asked.run, folder=asked.out, accept_changes=asked.accept_changes)
+    elif isinstance(base, InstructionRunConfig):
+        asked = parse_arguments(InstructionOptions, options, prog=prog, default=InstructionOptions(run=base, out=out))
+        run_instruction(asked.run, folder=asked.out, accept_changes=asked.accept_changes)
     else:
         asked = parse_arguments(TrainOptions, options, prog=prog, default=TrainOptions(run=base, out=out))
         run_recipe(asked.run, folder=asked.out, accept_changes=asked.accept_changes)
@@ -113,9 +117,13 @@ def check(arguments: list[str]) -> None:
 def _tokenizer_recipe(name: str, command: str) -> RunConfig:
     """A recipe that trains a tokenizer. Raises `UserError` for others and unknown names."""
     base = find_recipe(name)
-    if base.task.kind == "next_token":
+    downstream = {
+        "next_token": ("a text-to-image model over one", "docs/text_to_image.md"),
+        "instruct": ("an assistant that sees through one", "docs/understanding.md"),
+    }
+    if base.task.kind in downstream:
+        what, page = downstream[base.task.kind]
         raise UserError(
-            f"`qlip {command}` knows recipes of tokenizers, and {name} trains a text-to-image model over one: "
-            "docs/text_to_image.md says what it needs"
+            f"`qlip {command}` knows recipes of tokenizers, and {name} trains {what}: {page} says what it needs"
         )
     return base

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_assistants import TEXTS, tiny_encoder, tiny_llava
 from transformers import LlavaForConditionalGeneration, Qwen3Config, Qwen3ForCausalLM
 
 from qlip.core import distributed
@@ -19,6 +18,7 @@ from qlip.models.llava import build_llava, build_processor
 from qlip.models.lora import LoraSettings, add_lora, merge_lora
 from qlip.tasks.instruct import IGNORED, InstructConfig, InstructTask
 from ranks import on_ranks
+from tiny_assistants import TEXTS, tiny_encoder, tiny_llava
 
 RATES = {"name": "adamw", "lr": 1e-2, "warmup_steps": 1, "eps": 1e-3, "weight_decay": 0.0}
 NUM = 4  # chats of a step over all ranks

@@ -54,6 +54,38 @@ FIGURES = {
     "position": Words("share", "higher", "Pictures whose objects lie to each other as the prompt says."),
     "color_attr": Words("share", "higher", "Pictures that show both objects, each in its own colour."),
     **{
+        f"accuracy_{kind}": Words("share", "higher", f"Questions {said} answered exactly, words and numbers alike.")
+        for kind, said in (
+            ("existence", "whether something is there"),
+            ("colour", "about a colour"),
+            ("count", "how many there are"),
+            ("position", "where something is"),
+        )
+    },
+    "accuracy_mean_of_kinds": Words("share", "higher", "Mean of these accuracies: every kind weighs the same."),
+    "accuracy_all_questions": Words("share", "higher", "Share of all questions that are answered exactly."),
+    "yes_share_existence": Words("share", "", "How often the answer is yes, whatever is there."),
+    "true_yes_share_existence": Words("share", "", "How often yes would be right."),
+    "vqa_accuracy": Words("share", "higher", "Agreement with people's answers as VQA counts it."),
+    "answered": Words("share", "higher", "Answers that are not empty; they are scored elsewhere."),
+    **{
+        f"{figure}{suffix}": Words("share", better, f"{said}{where}.")
+        for figure, better, said in (
+            ("accuracy", "higher", "POPE: yes and no that are right"),
+            ("precision", "higher", "POPE: things said to be there that are"),
+            ("recall", "higher", "POPE: things there that are said to be"),
+            ("f1", "higher", "POPE: harmonic mean of precision and recall"),
+            ("yes_share", "", "POPE: answers that are yes"),
+        )
+        for suffix, where in (
+            ("", ""),
+            ("_random", ", absent things drawn at random"),
+            ("_popular", ", absent things that are frequent elsewhere"),
+            ("_adversarial", ", absent things that often go with what is there"),
+        )
+    },
+    "f1_mean": Words("share", "higher", "Mean F1 over POPE's three categories, as LLaVA-1.5 reports it."),
+    **{
         f"{kind}_{position}": Words("share", "higher", f"{said} {where}.")
         for kind, said in (
             ("linear", "Right answers of a linear classifier on"),

@@ -21,32 +21,35 @@ from qlip.data.folders import (
 )
 from qlip.data.items import Source
 from qlip.data.parquet import ParquetSource, open_parquet, open_parquet_folder
+from qlip.data.question_files import QuestionFiles, is_question_file, open_questions
 from qlip.data.remote import RemoteShard
 from qlip.data.shard_list import expand_shards, split_sources
 from qlip.data.shard_source import ShardSource, open_shards, read_names
 
-WHAT = "a folder of pictures or class folders, tar shards, a COCO or Karpathy json, or parquet files (docs/data.md)"
+WHAT = "a folder of pictures or class folders, tar shards, a COCO or Karpathy json, parquet, questions (docs/data.md)"
 ARCHIVES = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 SPLIT_FOLDERS = frozenset(("train", "val", "valid", "validation", "test"))
 COCO_FOLDERS = frozenset(f"{split}{year}" for split in ("train", "val", "test") for year in (2014, 2015, 2017))
 KARPATHY_FILES = ("dataset_coco.json", "dataset_flickr30k.json", "dataset_flickr8k.json")
 WNID = re.compile(r"n\d{8}")
 NUM_IMAGENET_CLASSES = 1000
-AnySource = ShardSource | PictureFolder | CaptionedFiles | ParquetSource
+AnySource = ShardSource | PictureFolder | CaptionedFiles | ParquetSource | QuestionFiles
 
 
 def open_source(spec: str, *, images: str = "", split: str = "test", labels: Path | None = None) -> Source:
-    """Shards, a folder of pictures (class folders, flat, or with metadata), COCO's or Karpathy's json, or parquet.
+    """Shards, a folder of pictures (class folders, flat, with metadata), COCO's or Karpathy's json, parquet, questions.
 
-    `images` is where the pictures of a json are; `split` chooses of Karpathy's json and of parquet folders. `labels`
-    is a text file of class names that replaces those of the data: one a line in the order of the labels, or
-    `folder<TAB>name` lines for the data's own names in any order.
+    `images` is where the pictures of a json or of question files are; `split` chooses of Karpathy's json and of parquet
+    folders. `labels` is a text file of class names that replaces those of the data: one a line in the order of the
+    labels, or `folder<TAB>name` lines for the data's own names in any order.
 
     Raises `UserError`, which says what was found and what to give, for anything else, and as the readers do.
     """
     source = _open(spec.strip(), images, split)
-    if images and not isinstance(source, CaptionedFiles):
-        raise UserError(f"--images {images} has no use with {source.name}: it is for COCO's json; leave it out")
+    if images and not isinstance(source, CaptionedFiles | QuestionFiles):
+        raise UserError(
+            f"--images {images} has no use with {source.name}: it is for COCO's json and question files; leave it out"
+        )
     if labels is not None:
         source.class_names = _given_names(labels, source)
     return source
@@ -111,7 +114,7 @@ def _open(spec: str, images: str, split: str) -> AnySource:
             raise UserError(f"{other}: only tar shards are read from afar; copy it here and give its path")
         return open_shards(spec)
     if "::" in spec or re.search(r"[*?\[{]", spec):
-        return _open_pattern(spec, split)
+        return _open_pattern(spec, images, split)
     if path.suffix == ".json":
         raise UserError(
             f"{path} is not there; dataset_coco.json and dataset_flickr30k.json come in {KARPATHY_ZIP}, captions_"
@@ -120,15 +123,18 @@ def _open(spec: str, images: str, split: str) -> AnySource:
     raise UserError(f"{path} is not there; give {WHAT}")
 
 
-def _open_pattern(spec: str, split: str) -> AnySource:
+def _open_pattern(spec: str, images: str, split: str) -> AnySource:
     files = expand_shards(spec)
     local = [file for file in files if isinstance(file, Path)]
     tables = [file for file in local if file.suffix == ".parquet"]
     if tables and len(tables) == len(files):
         return open_parquet(tables, name=card_name(Path(spec).expanduser()), split=split)
+    if local and len(local) == len(files) and all(is_question_file(file) for file in local):
+        return open_questions(local, images=images, name=card_name(Path(spec).expanduser()))
     other = next((file for file in local if file.suffix != ".tar"), None)
     if other is not None:
-        raise UserError(f"{spec}: {other.name} is no tar shard; a pattern stands for .tar or for .parquet files alone")
+        kinds = ".tar, for .parquet or for question files"
+        raise UserError(f"{spec}: {other.name} is no tar shard; a pattern stands for {kinds} alone")
     return open_shards(spec)
 
 
@@ -138,6 +144,8 @@ def _open_file(path: Path, images: str, split: str) -> AnySource:
         return open_shards(str(path))
     if ending == ".parquet":
         return open_parquet([path], name=card_name(path), split=split)
+    if is_question_file(path):
+        return open_questions([path], images=images, name=card_name(path))
     if ending == ".json":
         return open_captions(path, images=images, split=split)
     if path.name in METADATA_FILES:
@@ -147,7 +155,10 @@ def _open_file(path: Path, images: str, split: str) -> AnySource:
     if ending in PICTURE_ENDINGS:
         raise UserError(f"{path} is one picture; give the folder that holds it")
     if ending in (".jsonl", ".csv"):
-        raise UserError(f"{path}: a table of pictures must be called {' or '.join(METADATA_FILES)}; rename it")
+        raise UserError(
+            f"{path}: its first line is no question (json with question_id), and a table of pictures must be called "
+            f"{' or '.join(METADATA_FILES)}; rename it"
+        )
     raise UserError(f"{path} is a file of an unknown kind; give {WHAT}")
 
 

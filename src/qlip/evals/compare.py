@@ -20,30 +20,32 @@ from qlip.core.log import console
 
 BLOCKING = (  # a card's keys that begin so, in the order in which they are named
     *("protocol", "preparation", "protocol_settings", "image_size", "antialias", "count", "complete"),
-    *(
-        "keys_sha256",
-        "pixels_sha256",
-        "reference",
-        "feature_",
-        "lpips_",
-        "class_names_sha256",
-        "labels_sha256",
-        "num_classes",
-    ),
+    *("keys_sha256", "pixels_sha256", "reference", "feature_", "lpips_"),
+    *("class_names_sha256", "labels_sha256", "num_classes"),
     *("templates", "colour_templates", "captions_sha256", "num_captions", "ties", "scenes"),
     *("train_", "selection", "left_out", "prompts_sha256", "clip_", "seeds"),
+    *("questions_sha256", "truths_sha256", "answer_rule", "normalisation", "decoding", "categories"),
 )
 NOTED = (
-    *("dtype", "device", "ranks", "batch_size", "versions", "git_commit"),
-    *("data", "skipped", "encoder_network", "encoder_fingerprint", "sampling", "generated_size"),
+    *("dtype", "device", "ranks", "batch_size", "versions", "git_commit", "chat_template_sha256"),
+    *(
+        "data",
+        "skipped",
+        "encoder_network",
+        "encoder_fingerprint",
+        "sampling",
+        "generated_size",
+        "chat_template_sha256",
+    ),
 )
 HIGHER = (
     *("psnr", "ssim", "bit_entropy", "balanced_bits", "distinct_token_share"),
     *("top1", "top5", "top1_seen_pairs", "top1_unseen_pairs", "colour_top1", "shape_top1", "mean_class"),
     *("clip_cosine", "clipscore", "overall"),
     *("single_object", "two_object", "counting", "colors", "position", "color_attr"),
+    *("accuracy", "precision", "recall", "f1", "vqa_accuracy", "answered"),
 )
-HIGHER_FAMILIES = ("image_to_text_", "text_to_image_", "linear_", "knn_")
+HIGHER_FAMILIES = ("image_to_text_", "text_to_image_", "linear_", "knn_", "accuracy_", "precision_", "recall_", "f1_")
 LOWER = ("rfid", "gfid", "lpips_alex", "lpips_vgg", "encoder_distance", "fd_encoder", "fd_clip")
 OWN_ENCODER = ("encoder_distance", "fd_encoder")
 """Measured in the encoder of the model itself: another model's are measured in another network."""

@@ -112,6 +112,22 @@ class TextToImageSettings:
     """Of the draw and of the pictures."""
 
 
+SHORT_ANSWER = "Answer the question using a single word or phrase."
+"""LLaVA-1.5's prompt for short answers, on a line after the question (arXiv 2310.03744)."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class QuestionSettings:
+    """Questions about pictures, answered greedily and scored by `evals/question_scores.py`."""
+
+    scorer: Literal["kinds", "yes_no", "match", "none"]
+    """Exact match by kind of question, POPE's yes and no, VQA's match with one answer or ten, or answers alone."""
+    suffix: str = ""
+    """Asked on a line after each question that does not end so already."""
+    max_new_tokens: int = 16
+    """Longer answers are cut."""
+
+
 @dataclass(kw_only=True, slots=True, frozen=True)
 class ScenePromptSettings:
     """GenEval's six categories in the language of scenes, judged by `evals/scenes.py`."""

@@ -16,9 +16,11 @@ from qlip.core.config import to_json
 from qlip.core.errors import UserError, nearest_name
 from qlip.core.log import console
 from qlip.evals.protocol_settings import (
+    SHORT_ANSWER,
     KnnSettings,
     LinearProbeSettings,
     Preparation,
+    QuestionSettings,
     ReconstructionSettings,
     RetrievalSettings,
     ScenePromptSettings,
@@ -29,7 +31,16 @@ from qlip.evals.protocol_settings import (
     Position as Position,
 )
 
-Kind = Literal["reconstruction", "zero_shot", "retrieval", "linear_probe", "knn", "text_to_image", "scene_prompts"]
+Kind = Literal[
+    "reconstruction",
+    "zero_shot",
+    "retrieval",
+    "linear_probe",
+    "knn",
+    "text_to_image",
+    "scene_prompts",
+    "questions",
+]
 IMAGENET_VAL, IMAGENET_CLASSES = 50_000, 1000
 Settings = (
     ReconstructionSettings
@@ -39,6 +50,7 @@ Settings = (
     | KnnSettings
     | TextToImageSettings
     | ScenePromptSettings
+    | QuestionSettings
 )
 KINDS: dict[type, Kind] = {
     ReconstructionSettings: "reconstruction",
@@ -48,6 +60,7 @@ KINDS: dict[type, Kind] = {
     KnnSettings: "knn",
     TextToImageSettings: "text_to_image",
     ScenePromptSettings: "scene_prompts",
+    QuestionSettings: "questions",
 }
 
 
@@ -221,10 +234,31 @@ ALL = (
         summary="GenEval's six categories on prompts for scenes, read back by classical vision, chance beside them.",
         settings=ScenePromptSettings(),
     ),
+    Protocol(
+        name="scenes-questions-v1",
+        summary="Every question about every scene, exact match by kind, beside the majority answer of the kind.",
+        settings=QuestionSettings(scorer="kinds"),
+    ),
+    Protocol(
+        name="pope-v1",
+        summary="POPE's yes or no questions: accuracy, F1, share of yes by category, beside always saying yes.",
+        settings=QuestionSettings(scorer="yes_no", suffix=SHORT_ANSWER),
+    ),
+    Protocol(
+        name="vqa-match-v1",
+        summary="Any question file: VQAv2's agreement with ten people, or exact match with one answer.",
+        settings=QuestionSettings(scorer="match", suffix=SHORT_ANSWER),
+    ),
+    Protocol(
+        name="vqa-answers-v1",
+        summary="The same questions answered and written for a benchmark's own scorer or server, not scored.",
+        settings=QuestionSettings(scorer="none", suffix=SHORT_ANSWER),
+    ),
 )
 PROTOCOLS = {protocol.name: protocol for protocol in ALL}
 SCENES = ("scenes-reconstruction-v1", "scenes-zeroshot-v1")
 SCENES_GENERATED = ("scenes-geneval-v1",)
+SCENES_ASKED = ("scenes-questions-v1",)
 
 
 def find_protocol(name: str) -> Protocol:

@@ -42,12 +42,16 @@ def _shown(value: float | str | None) -> str:
     return "\N{EN DASH}" if value is None or math.isnan(value) else f"{value:.4f}"
 
 
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
 def write_results(path: Path, results: list[dict[str, Any]]) -> None:
-    """Write results as JSON, NaN and infinities as null; the file appears whole or not at all."""
-    results = [
-        {**result, "figures": {k: v if math.isfinite(v) else None for k, v in result["figures"].items()}}
-        for result in results
-    ]
+    """Write results as JSON; the file appears whole or not at all.
+
+    What could not be measured (NaN, infinities, None where it was read from a file) is null.
+    """
+    results = [{**result, "figures": {k: _finite(v) for k, v in result["figures"].items()}} for result in results]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")

@@ -3,6 +3,7 @@
 OUT/results.json            every finished protocol of the model, earlier ones too; replaced whole after each
 OUT/<protocol>.csv          a row per picture, for reconstructions
 OUT/<protocol>_worst.png    the twenty pictures of the lowest PSNR
+OUT/<protocol>_answers.jsonl  answers to questions, in LLaVA's form
 OUT/.parts                  what a stopped evaluation goes on from; its own go when all is finished
 OUT/features                what probes learn from, kept for the next run
 """
@@ -33,6 +34,7 @@ from qlip.evals.linear_probe import LinearProbeEvaluator
 from qlip.evals.networks import Networks
 from qlip.evals.picture_metrics import FRECHET
 from qlip.evals.protocols import ReconstructionSettings, TextToImageSettings, find_protocol
+from qlip.evals.questions import QuestionEvaluator
 from qlip.evals.reconstruction import ReconstructionEvaluator
 from qlip.evals.results import write_results
 from qlip.evals.retrieval import RetrievalEvaluator
@@ -40,6 +42,7 @@ from qlip.evals.scene_generation import SceneGenerationEvaluator
 from qlip.evals.scene_zero_shot import SceneZeroShotEvaluator
 from qlip.evals.text_to_image import TextToImageEvaluator
 from qlip.evals.zero_shot import ZeroShotEvaluator
+from qlip.models.assistant import is_assistant, open_assistant
 from qlip.models.generator import is_generator, open_generator
 from qlip.models.measured import MeasuredModel, MeasuredQLIP
 from qlip.models.opening import open_measured
@@ -68,11 +71,11 @@ class EvalRequest:
     """What to measure on which data."""
 
     data: str
-    """Pictures: a folder, shards, a COCO or Karpathy json, parquet."""
+    """Pictures: a folder, shards, a COCO or Karpathy json, parquet, question files."""
     evals: tuple[str, ...] = protocols.SCENES
     """Protocols by name."""
     images: str = ""
-    """Folder of the pictures that a COCO or Karpathy json names."""
+    """Folder of the pictures that a COCO or Karpathy json or question files name."""
     split: str = "test"
     """Of a Karpathy json."""
     labels: Path | None = None
@@ -84,7 +87,7 @@ class EvalRequest:
     max_samples: int = 0
     """Score the first so many pictures; 0 scores all."""
     batch_size: int = 100
-    """Pictures per forward pass."""
+    """Pictures per forward pass, questions answered together."""
     leave_out: tuple[str, ...] = ()
     """Metrics that are not to be measured."""
     networks: Path | None = None
@@ -161,7 +164,14 @@ def result_folder(model: str | Path, *, root: str = "runs/eval") -> Path:
 
 def default_evals(model: str | Path) -> tuple[str, ...]:
     """The protocols on scenes that fit a model."""
+    if is_assistant(model):
+        return protocols.SCENES_ASKED
     return protocols.SCENES_GENERATED if is_generator(model) else protocols.SCENES
+
+
+def default_batch_size(model: str | Path) -> int:
+    """Pictures per forward pass, or questions that an assistant answers together: each holds a context in memory."""
+    return 8 if is_assistant(model) else 100
 
 
 def build_evaluator(name: str, data: EvalInput, *, clip: Path | None = None) -> MeasuredEvaluator:
@@ -180,6 +190,7 @@ def build_evaluator(name: str, data: EvalInput, *, clip: Path | None = None) -> 
         "knn": KnnEvaluator,
         "text_to_image": partial(TextToImageEvaluator, clip=clip),
         "scene_prompts": SceneGenerationEvaluator,
+        "questions": QuestionEvaluator,
     }
     return kinds[protocol.kind](protocol, data)
 
@@ -209,7 +220,9 @@ def run_evals(model: Path | str, request: EvalRequest, *, device: str = "auto") 
 
 
 def _opened(model: Path | str, caption_encoder: str) -> MeasuredModel:
-    """A model to be measured, or a generator, which evaluations that it cannot pass refuse."""
+    """A model to be measured, a generator or an assistant; evaluations refuse what they cannot measure."""
+    if is_assistant(model):
+        return cast(MeasuredModel, open_assistant(model))
     generator = open_generator(model, caption_encoder=caption_encoder) if is_generator(model) else None
     return open_measured(model) if generator is None else cast(MeasuredModel, generator)
 
@@ -226,6 +239,8 @@ def _write(
     write_results(path, [*_earlier(path, results), *results])
     if isinstance(evaluator, ReconstructionEvaluator):
         evaluator.write_looks(folder, model, device)
+    if isinstance(evaluator, QuestionEvaluator):
+        evaluator.write_answers(folder)
 
 
 def _earlier(path: Path, results: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -134,14 +134,14 @@ class Assistant:
         inputs = inputs.to(self.model.device)
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
-        sampled = {"temperature": settings.temperature, "top_p": settings.top_p} if settings.temperature > 0 else {}
+        sampled = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}  # 0 is all
         stops = {"stop_strings": list(settings.until), "tokenizer": self.processor.tokenizer} if settings.until else {}
         written = self.model.generate(
             **inputs,
             max_new_tokens=min(settings.max_new_tokens, room),
             do_sample=settings.temperature > 0,
             num_beams=settings.num_beams,
-            **sampled,
+            **(sampled if settings.temperature > 0 else {}),
             **stops,
         )
         answers = self.processor.batch_decode(written[:, length:], skip_special_tokens=True)

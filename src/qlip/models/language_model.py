@@ -83,8 +83,14 @@ def tiny_language_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A fresh Llama, and a byte-level tokenizer whose pairs are learned from `texts`; every text can be written in it.
 
-    Weights are drawn from PyTorch's random state. Texts in the same order give the same tokenizer.
+    Weights are drawn from PyTorch's random state. Texts in the same order give the same tokenizer. Raises `UserError`
+    for a width that its heads cannot share.
     """
+    if size.hidden_size % (2 * size.num_heads):  # rotary positions turn pairs
+        raise UserError(
+            f"tiny.hidden_size {size.hidden_size} is not an even multiple of tiny.num_heads {size.num_heads}: "
+            f"take {2 * size.num_heads * max(1, size.hidden_size // (2 * size.num_heads))}"
+        )
     tokenizer = _byte_pairs(texts, vocab_size=size.vocab_size)
     config = LlamaConfig(
         vocab_size=len(tokenizer),

@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -50,8 +50,7 @@ def build_llava(
     Encoder and language model become parts of it; the latter's table gets a row for every token that `processor` has
     added, the mean of the others. The projector is drawn from PyTorch's random state (its `nn.Linear` rule, LLaVA's).
 
-    Raises `UserError` for a layer that the encoder does not have, features of a quantizer that it does not have, and a
-    language model whose output has a bias.
+    Raises `UserError` for unknown features, a layer or a quantizer that the encoder does not have, and a language model whose output has a bias.
     """
     _refuse_impossible(encoder, language_model, features, layer)
     tower = encoder if features == "hidden" else code_tower(encoder, features)
@@ -143,6 +142,8 @@ def _refuse_impossible(
     encoder: QLIPVisionModel, language_model: PreTrainedModel, features: FeatureKind, layer: int
 ) -> None:
     num_layers = encoder.config.num_hidden_layers
+    if features not in get_args(FeatureKind):
+        raise UserError(f"features {features!r} are unknown: give {', '.join(get_args(FeatureKind))}")
     if features == "hidden" and not -num_layers - 1 <= layer <= num_layers:
         raise UserError(f"layer {layer}: the encoder has states {-num_layers - 1} to {num_layers}; -2 is the paper's")
     if features != "hidden" and encoder.config.quantizer == "none":

@@ -1,0 +1,209 @@
+"""What a recipe of an assistant returns, and how it becomes a run: chats and pictures in, a LLaVA folder out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from torch import nn
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from qlip.core import distributed
+from qlip.core.errors import UserError
+from qlip.core.log import console
+from qlip.data.conversation_loader import ConversationDataConfig, conversation_loader
+from qlip.data.conversations import open_conversations
+from qlip.engine.parallel import pick_parallel
+from qlip.engine.trainer import TrainerConfig, train
+from qlip.models.assistant import open_assistant, save_assistant
+from qlip.models.language_model import TinyLanguageModel, open_language_model, tiny_language_model
+from qlip.models.llava import FeatureKind, build_llava, build_processor
+from qlip.models.lora import LoraSettings, add_lora, merge_lora
+from qlip.models.qlip.loading import load_model
+from qlip.recipes.running import (
+    LEAST_OF_TRAINER,
+    device_type,
+    prepare_folder,
+    refuse_small,
+    said_once,
+    split_batch,
+    tracker_of,
+)
+from qlip.tasks.instruct import InstructConfig, InstructTask
+
+LEAST = {
+    "trainer": LEAST_OF_TRAINER,
+    "data": {"batch_size": 1, "global_batch_size": 0, "num_workers": 0, "max_length": 8},
+    "lora": {"rank": 0},
+    "tiny": dict.fromkeys(("hidden_size", "num_layers", "num_heads", "intermediate_size", "max_positions"), 1),
+}
+TEXTS_FOR_TOKENIZER = 2000  # conversations from which a tiny language model's tokenizer learns
+
+
+@dataclass(kw_only=True, slots=True)
+class InstructionRunConfig:
+    """Everything that decides the training of an assistant."""
+
+    recipe: Annotated[str, tyro.conf.Suppress]
+    """Name of the recipe this came from."""
+    tower: str = ""
+    """The vision tower: a QLIP folder or hub id."""
+    language_model: str = ""
+    """Folder of a causal language model of transformers: Vicuna, Llama-3, Qwen, ..."""
+    init: str = ""
+    """Export of an earlier stage to go on from; it brings tower, projector, language model and chat template."""
+    features: FeatureKind = "hidden"
+    """What of the tower the projector reads: hidden states, post_quantizer or codes (rows of Table 6)."""
+    layer: int = -2
+    """Which hidden states; -2 is the paper's choice, -1 are those before the quantizer."""
+    chat_template: str = "auto"
+    """auto (the language model's own), vicuna_v1, llama_3, chatml, or a Jinja file."""
+    pad_to_square: bool = True
+    """Add bars of the mean colour to pictures, LLaVA's way; otherwise they are cropped."""
+    tiny: TinyLanguageModel = field(default_factory=TinyLanguageModel)
+    """Size of the fresh language model that is made without `language_model`."""
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    """Low-rank updates instead of all weights of the language model."""
+    task: InstructConfig = field(default_factory=InstructConfig)
+    """What trains, and rates."""
+    data: ConversationDataConfig = field(default_factory=ConversationDataConfig)
+    """Conversations, pictures, batch sizes."""
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    """How long and how often."""
+
+
+@dataclass(kw_only=True, slots=True)
+class InstructionOptions:
+    """What `qlip train RECIPE` takes for a recipe of an assistant: its fields and where to run."""
+
+    run: Annotated[InstructionRunConfig, tyro.conf.arg(name="")]
+    """The recipe."""
+    out: Path
+    """Run folder; starting again in it resumes."""
+    accept_changes: bool = False
+    """Resume although the config differs from the one the run was started with."""
+
+
+def run_instruction(config: InstructionRunConfig, *, folder: Path, accept_changes: bool = False) -> Path:
+    """Train what the config describes in `folder`, or resume, and return the export folder.
+
+    Under torchrun all processes call it. Raises `UserError` before training for missing data or parts, and for parts
+    that do not fit together.
+    """
+    _refuse_impossible(config)
+    pick_parallel(config.trainer.parallel)
+    batch_size, micro_batches = split_batch(config.data, num_ranks=distributed.launched_processes())
+    distributed.start(device_type=device_type(config.trainer))
+    torch.manual_seed(config.trainer.seed)  # equal weights on all ranks
+    model, processor = distributed.on_all_ranks(partial(_parts, config))
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    export_folder = folder / "export"
+    if prepare_folder(folder, config, num_weights=weights, accept_changes=accept_changes):
+        console.print(f"{folder} is finished ({config.trainer.steps} steps); its model is {export_folder}")
+        return export_folder
+    loader = distributed.on_all_ranks(
+        partial(
+            conversation_loader,
+            config.data,
+            processor=processor,
+            seed=config.trainer.seed,
+            ledger=folder / "skipped.jsonl",
+            rank=distributed.rank(),
+            num_ranks=distributed.world_size(),
+            need_images=config.task.trains == "projector",
+        )
+    )
+
+    def export(trained: nn.Module) -> None:
+        assert isinstance(trained, LlavaForConditionalGeneration)
+        save_assistant(merge_lora(trained), folder=export_folder, processor=processor, step=config.trainer.steps)
+
+    with said_once():
+        train(
+            InstructTask(model, config.task),
+            loader,
+            config.trainer,
+            folder=folder,
+            title=config.recipe,
+            batch_size=batch_size,
+            micro_batches=micro_batches,
+            evaluators={},
+            tracker=tracker_of(config, folder),
+            export=export,
+        )
+    return export_folder
+
+
+def _parts(config: InstructionRunConfig) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    model, processor = _from_earlier(config) if config.init else _from_scratch(config)
+    longest = int(model.config.text_config.max_position_embeddings)
+    if config.data.max_length > longest:
+        raise UserError(
+            f"data.max_length {config.data.max_length} is more than the language model's {longest} positions: lower it"
+        )
+    if config.lora.rank:
+        add_lora(model, config.lora)
+    return model, processor
+
+
+def _from_scratch(config: InstructionRunConfig) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    encoder = load_model(config.tower).vision_model
+    if config.language_model:
+        language_model, tokenizer = open_language_model(config.language_model)
+    else:
+        language_model, tokenizer = tiny_language_model(_texts(config), config.tiny)
+    processor = build_processor(
+        tokenizer,
+        image_size=encoder.config.image_size,
+        patch_size=encoder.config.patch_size,
+        chat_template=config.chat_template,
+        pad_to_square=config.pad_to_square,
+        features=config.features,
+    )
+    model = build_llava(encoder, language_model, processor, features=config.features, layer=config.layer)
+    return model, processor
+
+
+def _from_earlier(config: InstructionRunConfig) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """The export of the first stage; pictures may be padded from now on."""
+    assistant = open_assistant(config.init)
+    model, processor = assistant.model.float(), assistant.processor
+    found = (getattr(model.config.vision_config, "features", "hidden"), model.config.vision_feature_layer)
+    asked = (config.features, config.layer if config.features == "hidden" else -1)
+    if found != asked:
+        raise UserError(f"{config.init} reads features {found}, the config says {asked}: set --features and --layer")
+    processor.image_processor.do_pad = config.pad_to_square
+    return model, processor
+
+
+def _texts(config: InstructionRunConfig) -> Iterator[str]:
+    """All texts of the first conversations."""
+    conversations = open_conversations(config.data.conversations)
+    for conversation in islice(conversations, TEXTS_FOR_TOKENIZER):
+        for message in conversation.messages:
+            parts = message["content"]
+            yield parts if isinstance(parts, str) else " ".join(part["text"] for part in parts if "text" in part)
+
+
+def _refuse_impossible(config: InstructionRunConfig) -> None:
+    if not config.data.conversations:
+        raise UserError("no conversations: give --data.conversations FILE.json (`qlip data conversations` makes one)")
+    if config.init:
+        if config.tower or config.language_model:
+            raise UserError("--init brings tower and language model with it: leave --tower and --language-model out")
+    elif not config.tower:
+        raise UserError("no vision tower: add --tower QLIP (`make demo` trains one), or --init RUN/export")
+    refuse_small(config, LEAST)
+    if config.task.trains == "projector" and config.lora.rank:
+        raise UserError("task.trains is projector, so LoRA would not train: set --lora.rank 0")
+    for name in ("eval_every", "images_every"):
+        if getattr(config.trainer, name):
+            raise UserError(
+                f"trainer.{name}: an assistant is evaluated when its run has ended (qlip eval); set it to 0"
+            )

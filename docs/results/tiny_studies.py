@@ -24,6 +24,8 @@ def make_tokenizers(out: Path) -> None:
     write_scene_shards(out / "data" / "train", num=40_000, split="train", config=train)
     write_scene_shards(out / "data" / "test", num=4_000, split="test", config=SceneConfig(image_size=48))
     for name in TOKENIZERS:
+        if (out / name / "stage2" / "export" / "config.json").exists():
+            continue
         for stage, recipe in (("stage1", "scenes_tiny"), ("stage2", "scenes_tiny_stage2")):
             if (out / name / stage / "export" / "config.json").exists():
                 continue

@@ -149,7 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of data, runs and figures")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=800, help="optimizer steps of each assistant")
+    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps of each assistant")
     parser.add_argument("--scenes", type=int, default=1000, help="held-out scenes to ask about")
     parser.add_argument("--parallel", type=int, default=2, help="processes at a time, one thread each")
     parser.add_argument("--one", nargs=2, metavar=("SETTING", "SEED"), help="train one setting alone")

@@ -86,6 +86,7 @@ def data_inspect(
     tokenizer: Path | None = None,
     chat_template: str = "auto",
     sample: int = 0,
+    plain: bool = False,
     max_length: int = 2048,
 ) -> None:
     """Read data as training would and report what is in it, and what would be skipped and why.
@@ -104,6 +105,7 @@ def data_inspect(
         tokenizer: Folder of a language model, or of an assistant that `qlip train` has exported.
         chat_template: auto (the folder's own), a name such as vicuna_v1, or a Jinja file.
         sample: Number of the conversation to show.
+        plain: Show it as LLaVA's first stage has it: picture, caption, newline.
         max_length: Tokens of a conversation that training takes.
     """
     if src.endswith((".json", ".jsonl")):
@@ -114,6 +116,7 @@ def data_inspect(
             tokenizer=tokenizer,
             chat_template=chat_template,
             sample=sample,
+            plain=plain,
             max_length=max_length,
             num_pictures=1000 if limit is None else limit,
         )

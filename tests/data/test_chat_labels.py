@@ -128,19 +128,15 @@ def test_a_marker_in_disguise_is_rejected(processors) -> None:
         encoder.encode(conversation("A", "B <|tool|>"))
 
 
-@pytest.mark.parametrize(
-    ("template", "expected"),
-    [
-        pytest.param("plain", "<s> <image>*4 \\n +red +_and +_blue +\\n", id="plain ends with a line"),
-        pytest.param("short", "<s> <image>*4 \\n \\n +red +_and +_blue +</s>", id="short ends with a token"),
-    ],
-)
-def test_plain_drops_the_question(template: str, expected: str) -> None:
+@pytest.mark.parametrize("template", ["vicuna_v1", "short"])
+def test_plain_is_picture_caption_newline(template: str) -> None:
+    """LLaVA's first stage: no template, no question."""
     processor = chat_processor("vicuna_v1", template=template)
-    chat = ChatEncoder(processor, max_length=999, plain=True).encode(
-        conversation("<image> What is it?", "red and blue", images=1)
-    )
-    assert shown(chat, processor) == expected
+    encoder = ChatEncoder(processor, max_length=999, plain=True)
+    chat = encoder.encode(conversation("<image> What is it?", "red and blue", images=1))
+    assert shown(chat, processor) == "<s> <image>*4 +red +_and +_blue +\\n"
+    two = encoder.encode(conversation("<image> A", "red", "B", "blue", images=1))
+    assert shown(two, processor) == "<s> <image>*4 +red +\\n +blue +\\n"
 
 
 def test_space_before_an_end_token_belongs_to_the_end(processors) -> None:
@@ -228,6 +224,6 @@ def test_encoders_go_to_worker_processes(processors) -> None:
 
 
 def test_a_template_can_be_changed_by_name() -> None:
-    processor = with_template(chat_processor("vicuna_v1"), "plain")
+    processor = with_template(chat_processor("vicuna_v1"), "short")
     chat = ChatEncoder(processor, max_length=99).encode(conversation("<image> What is it?", "red", images=1))
-    assert shown(chat, processor) == "<s> <image>*4 \\n What _is _it ? +red +\\n"
+    assert shown(chat, processor) == "<s> <image>*4 \\n What _is _it ? \\n +red +</s>"

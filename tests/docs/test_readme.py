@@ -15,7 +15,8 @@ from qlip.apps.check import CheckOptions
 from qlip.cli import COMMANDS, dispatch
 from qlip.core.arguments import parse_arguments
 from qlip.recipes import find_recipe
-from qlip.recipes.generation_run import GenerationOptions
+from qlip.recipes.generation_run import GenerationOptions, GenerationRunConfig
+from qlip.recipes.instruction_run import InstructionOptions, InstructionRunConfig
 from qlip.recipes.run import RunConfig, TrainOptions
 
 ROOT = Path(__file__).parents[2]
@@ -50,8 +51,13 @@ def qlip_commands() -> list[str]:
     return list(dict.fromkeys(found))
 
 
+TRAINED = {
+    RunConfig: TrainOptions,
+    GenerationRunConfig: GenerationOptions,
+    InstructionRunConfig: InstructionOptions,
+}
 OF_A_RECIPE = {  # command -> its options, with the recipe's values as defaults
-    "train": lambda run: (TrainOptions if isinstance(run, RunConfig) else GenerationOptions)(run=run, out=Path("run")),
+    "train": lambda run: TRAINED[type(run)](run=run, out=Path("run")),
     "balance": lambda run: BalanceOptions(run=run, out=Path("run")),
     "check": lambda run: CheckOptions(run=run),
 }

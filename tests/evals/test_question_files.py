@@ -95,7 +95,7 @@ def test_identity_follows_file_and_pictures(pictures):
         ("{broken", "line 2 is not json"),
         ("[" * 100_000, "line 2 is not json"),
         ("[1]", "line 2 is no json object"),
-        (GOOD, "line 2: question_id 1 stands in line 1 too"),
+        (GOOD, "line 2: question_id 1 asks the same in line 1"),
         ({"image": "a.png", "text": "x"}, "line 2 has no question_id"),
         (GOOD | {"question_id": True}, "line 2 has no question_id"),
         (GOOD | {"question_id": 2, "text": " "}, "line 2 has no text"),

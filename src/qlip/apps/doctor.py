@@ -17,6 +17,7 @@ PACKAGES = ("qlip", "torch", "torchvision", "transformers", "safetensors", "timm
 EXTRAS = {
     "eval": ("torch_fidelity", "lpips"),
     "baselines": ("diffusers", "sentencepiece"),
+    "lora": ("peft",),
     "app": ("gradio",),
     "ray": ("ray",),
     "trackers": ("trackio", "wandb"),

@@ -34,6 +34,8 @@ class InspectSettings:
     """The folder's own, a name, or a Jinja file."""
     sample: int = 0
     """Number of the conversation that is shown."""
+    plain: bool = False
+    """Show it as LLaVA's first stage has it."""
     max_length: int = 2048
     """Its tokens, as training cuts them."""
     num_pictures: int = 1000
@@ -54,7 +56,7 @@ def inspect_conversations(source: str, settings: InspectSettings) -> None:
         console.print("sample            not shown: give --tokenizer, the folder of a language model")
         return
     processor = _processor(settings.tokenizer, settings.chat_template)
-    encoder = ChatEncoder(processor, max_length=settings.max_length)
+    encoder = ChatEncoder(processor, max_length=settings.max_length, plain=settings.plain)
     conversation = conversations[sample]
     try:
         chat = encoder.encode(conversation)

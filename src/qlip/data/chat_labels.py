@@ -51,7 +51,7 @@ class ChatEncoder:
     """Makes `EncodedChat`s with the chat template of a LlavaProcessor. Picklable."""
 
     def __init__(self, processor: Any, *, max_length: int, plain: bool = False) -> None:
-        """`plain` drops the questions' texts, as LLaVA's first stage: pictures and captions alone.
+        """`plain` leaves template and questions out, as LLaVA's first stage does: a picture, its caption, a newline.
 
         Raises `UserError` for a tokenizer without offsets and for a template that answers cannot be told apart in.
         """
@@ -66,7 +66,7 @@ class ChatEncoder:
         }
         self._special_ids -= {self.tokenizer.unk_token_id}  # it stands for words too
         self._markers = [marker for marker in self.tokenizer.get_added_vocab() if marker]
-        self._lead = self._between_prompt_and_answer()
+        self._lead = "" if plain else self._between_prompt_and_answer()
 
     def encode(self, conversation: Conversation) -> EncodedChat:
         """Ids and labels of at most `max_length` tokens; the last question-answer pairs are left out until it fits.
@@ -100,6 +100,8 @@ class ChatEncoder:
     def render(self, messages: list[Message], *, num_images: int) -> LabelledText:
         """The final text, image tokens repeated. Raises `UserError` for a template that drops or changes turns."""
         harmless = [self._harmless(message) for message in messages]
+        if self.plain:
+            return self._plain(harmless)
         mark = "@answer"
         while any(mark in part.get("text", "") for message in harmless for part in message["content"]):
             mark += "@"
@@ -128,6 +130,17 @@ class ChatEncoder:
             text += answer
             spans.append((start, len(text)))
         return LabelledText(text=text, spans=spans[:-1])
+
+    def _plain(self, messages: list[Message]) -> LabelledText:
+        text, spans = "", list[tuple[int, int]]()
+        for message in messages:
+            if message["role"] == "user":
+                text += self.image_text * sum(part["type"] == "image" for part in message["content"])
+            elif message["role"] == "assistant":
+                start = len(text)
+                text += "\n".join(part["text"] for part in message["content"]) + "\n"
+                spans.append((start, len(text)))
+        return LabelledText(text=text, spans=spans)
 
     def _tokenized(self, labelled: LabelledText, *, num_images: int) -> tuple[Tensor, Tensor, list[int]]:
         """Ids and labels (t,), and the number of tokens up to the end of every answer."""
@@ -211,11 +224,10 @@ class ChatEncoder:
             ) from None
 
     def _harmless(self, message: Message) -> Message:
-        """The message with markers such as `</s>` in its texts broken up; `plain` takes the questions' texts away."""
+        """The message with markers such as `</s>` in its texts broken up."""
         parts = [
             part if part["type"] != "text" else {**part, "text": without_markers(part["text"], self._markers)}
             for part in message["content"]
-            if not (self.plain and message["role"] != "assistant" and part["type"] == "text")
         ]
         return {**message, "content": parts}
 

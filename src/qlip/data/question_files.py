@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,8 +89,9 @@ def open_questions(files: list[Path], *, images: str = "", name: str) -> Questio
     """Question files, whose pictures lie below `images`, or else beside the first file or in a usual folder there.
 
     Of a file without `category` whose name ends in `random`, `popular` or `adversarial` (POPE's splits) that is the
-    category. Raises `UserError` naming file, line and field for what is no question, for a number that comes twice in a
-    file, and where none of the pictures is there.
+    category. A number may come again with another question (TextVQA's are those of pictures); the second is then keyed
+    `number#2`. Raises `UserError` naming file, line and field for what is no question, for a question that comes twice
+    in a file, and where none of the pictures is there.
     """
     places = _places(files[0], images)
     digest = hashlib.sha256()
@@ -144,7 +146,8 @@ def _read(path: Path) -> bytes:
 
 
 def _questions(file: Path, content: bytes, prefix: str, places: list[Path]) -> Iterator[Item | Skip]:
-    lines: dict[str, int] = {}
+    lines: dict[tuple[str, str], int] = {}
+    times = Counter[str]()
     last = next((split for split in POPE_SPLITS if file.stem.endswith(split)), "")
     for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
         if not line.strip():
@@ -153,9 +156,11 @@ def _questions(file: Path, content: bytes, prefix: str, places: list[Path]) -> I
         row = _row(line, where)
         question = _question(row, where, file=file.stem, kind=last)
         key = str(question.question_id)
-        if key in lines:
-            raise UserError(f"{where}: question_id {key[:40]} stands in line {lines[key]} too; give each its own")
-        lines[key] = number
+        first = lines.setdefault((key, question.text), number)
+        if first != number:
+            raise UserError(f"{where}: question_id {key[:40]} asks the same in line {first}; leave one of them out")
+        times[key] += 1
+        key += f"#{times[key]}" if times[key] > 1 else ""
         image = relative_name(_text(row, "image", where), where=where)
         path = next((place / image for place in places if _is_file(place / image)), None)
         if path is None:

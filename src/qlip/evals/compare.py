@@ -28,15 +28,7 @@ BLOCKING = (  # a card's keys that begin so, in the order in which they are name
 )
 NOTED = (
     *("dtype", "device", "ranks", "batch_size", "versions", "git_commit", "chat_template_sha256"),
-    *(
-        "data",
-        "skipped",
-        "encoder_network",
-        "encoder_fingerprint",
-        "sampling",
-        "generated_size",
-        "chat_template_sha256",
-    ),
+    *("data", "skipped", "encoder_network", "encoder_fingerprint", "sampling", "generated_size"),
 )
 HIGHER = (
     *("psnr", "ssim", "bit_entropy", "balanced_bits", "distinct_token_share"),

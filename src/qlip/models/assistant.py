@@ -59,7 +59,7 @@ class AnswerSettings:
 
 
 class Assistant:
-    """Pictures and questions -> answers (`models.measured.MeasuredAssistant`)."""
+    """Pictures and questions -> answers, as evaluations and harnesses use it."""
 
     name = "LlavaForConditionalGeneration"
 

@@ -56,27 +56,20 @@ CHATML = """\
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
 """
 
-PLAIN = """\
-{%- for message in messages -%}
-{{- message.content -}}{%- if message.role == 'assistant' -%}{{- '\\n' -}}{%- endif -%}
-{%- endfor -%}
-"""
-
 SHORT = """\
 {%- for message in messages -%}
 {{- message.content -}}{{- eos_token if message.role == 'assistant' else '\\n' -}}
 {%- endfor -%}
 """
 
-CHAT_TEMPLATES = {"vicuna_v1": VICUNA_V1, "llama_3": LLAMA_3, "chatml": CHATML, "plain": PLAIN, "short": SHORT}
-"""By name: LLaVA-1.5's `v1` and `plain` (pictures and captions alone), those of the Llama-3 and Qwen families, and
-`short`, nothing but a line break and an end marker, for tiny language models."""
+CHAT_TEMPLATES = {"vicuna_v1": VICUNA_V1, "llama_3": LLAMA_3, "chatml": CHATML, "short": SHORT}
+"""By name: LLaVA-1.5's `v1`, those of the Llama-3 and Qwen families, and `short`, nothing but a line break and an end
+marker, for tiny language models. (LLaVA's `plain` is no template: `data.plain`.)"""
 
 NEEDED_TOKENS = {
     "vicuna_v1": (),
     "llama_3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     "chatml": ("<|im_start|>", "<|im_end|>"),
-    "plain": (),
     "short": (),
 }
 """Markers of each template that a tokenizer must know as single tokens; `vicuna_v1` and `short` take any end token."""

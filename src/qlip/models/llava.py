@@ -50,7 +50,8 @@ def build_llava(
     Encoder and language model become parts of it; the latter's table gets a row for every token that `processor` has
     added, the mean of the others. The projector is drawn from PyTorch's random state (its `nn.Linear` rule, LLaVA's).
 
-    Raises `UserError` for unknown features, a layer or a quantizer that the encoder does not have, and a language model whose output has a bias.
+    Raises `UserError` for unknown features, a layer or a quantizer that the encoder does not have, and a language model
+    whose output has a bias.
     """
     _refuse_impossible(encoder, language_model, features, layer)
     tower = encoder if features == "hidden" else code_tower(encoder, features)
@@ -75,7 +76,8 @@ def build_llava(
         if isinstance(part, nn.Linear):
             part.reset_parameters()
     model.tie_weights()
-    model.generation_config = _generation_config(language_model, processor)
+    model.generation_config = _generation_config(language_model, processor.tokenizer)
+    end_answers_as(model, processor)
     return model.float().eval()
 
 
@@ -124,13 +126,20 @@ def build_processor(
 
 
 def with_chat_template(processor: LlavaProcessor, chat_template: str) -> LlavaProcessor:
-    """The same processor with another template, as for instruction tuning after `plain` captions."""
+    """The same processor with another template. Raises `UserError` as `build_processor`."""
     processor.chat_template = flattening(_find_template(processor.tokenizer, chat_template))
     return processor
 
 
+def end_answers_as(model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
+    """Let `generate` also stop at the marker behind an answer of the processor's template."""
+    end = end_of_answer(processor)
+    if end is not None and end not in model.generation_config.eos_token_id:
+        model.generation_config.eos_token_id = [*model.generation_config.eos_token_id, end]
+
+
 def end_of_answer(processor: LlavaProcessor) -> int | None:
-    """Id of the marker behind an answer in the processor's template; None if there is none, as in `plain`."""
+    """Id of the marker behind an answer in the processor's template; None if there is none."""
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": PROBE}]
     text = processor.apply_chat_template(messages, tokenize=False)
     behind = text.split(PROBE, 1)[1] if PROBE in text else ""
@@ -164,13 +173,13 @@ def _make_room(language_model: PreTrainedModel, num_tokens: int) -> None:
         table[before:] = table[:before].float().mean(0).to(table.dtype)
 
 
-def _generation_config(language_model: PreTrainedModel, processor: LlavaProcessor) -> GenerationConfig:
-    """Greedy, and every end that the language model or the template knows."""
+def _generation_config(language_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """Greedy, and every end that the language model knows."""
     own = language_model.generation_config
     ends = own.eos_token_id if own is not None and own.eos_token_id is not None else []
     ends = [ends] if isinstance(ends, int) else list(ends)
-    ends += [token for token in (processor.tokenizer.eos_token_id, end_of_answer(processor)) if token is not None]
-    tokenizer = processor.tokenizer
+    if tokenizer.eos_token_id is not None:
+        ends.append(tokenizer.eos_token_id)
     return GenerationConfig(
         do_sample=False,
         bos_token_id=tokenizer.bos_token_id,

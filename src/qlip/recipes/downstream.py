@@ -228,9 +228,9 @@ def scenes_llava_tiny() -> InstructionRunConfig:
         recipe="scenes_llava_tiny",
         task=InstructConfig(
             optimizer=OptimizerConfig(
-                name="adamw", lr=1e-3, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.0, warmup_steps=100, clip_norm=1.0
+                name="adamw", lr=2e-3, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.0, warmup_steps=100, clip_norm=1.0
             )
         ),
         data=ConversationDataConfig(batch_size=32, num_workers=0, max_length=256),
-        trainer=TrainerConfig(steps=1200, log_every=50, save_every=600),
+        trainer=TrainerConfig(steps=1000, log_every=50, save_every=500),
     )

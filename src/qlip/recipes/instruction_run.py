@@ -23,7 +23,7 @@ from qlip.engine.parallel import pick_parallel
 from qlip.engine.trainer import TrainerConfig, train
 from qlip.models.assistant import open_assistant, save_assistant
 from qlip.models.language_model import TinyLanguageModel, open_language_model, tiny_language_model
-from qlip.models.llava import FeatureKind, build_llava, build_processor
+from qlip.models.llava import FeatureKind, build_llava, build_processor, end_answers_as, with_chat_template
 from qlip.models.lora import LoraSettings, add_lora, merge_lora
 from qlip.models.qlip.loading import load_model
 from qlip.recipes.running import (
@@ -63,7 +63,7 @@ class InstructionRunConfig:
     layer: int = -2
     """Which hidden states; -2 is the paper's choice, -1 are those before the quantizer."""
     chat_template: str = "auto"
-    """auto (the language model's own), vicuna_v1, llama_3, chatml, or a Jinja file."""
+    """auto (the language model's own, or that of `init`), vicuna_v1, llama_3, chatml, short, or a Jinja file."""
     pad_to_square: bool = True
     """Add bars of the mean colour to pictures, LLaVA's way; otherwise they are cropped."""
     tiny: TinyLanguageModel = field(default_factory=TinyLanguageModel)
@@ -102,9 +102,14 @@ def run_instruction(config: InstructionRunConfig, *, folder: Path, accept_change
     distributed.start(device_type=device_type(config.trainer))
     torch.manual_seed(config.trainer.seed)  # equal weights on all ranks
     model, processor = distributed.on_all_ranks(partial(_parts, config))
-    weights = sum(parameter.numel() for parameter in model.parameters())
+    task = InstructTask(model, config.task)
+    weights, frozen = (
+        sum(parameter.numel() for parameter in model.parameters() if not (only_frozen and parameter.requires_grad))
+        for only_frozen in (False, True)
+    )
     export_folder = folder / "export"
-    if prepare_folder(folder, config, num_weights=weights, accept_changes=accept_changes):
+    extra = -2 * frozen  # without moments
+    if prepare_folder(folder, config, num_weights=weights, extra_held=extra, accept_changes=accept_changes):
         console.print(f"{folder} is finished ({config.trainer.steps} steps); its model is {export_folder}")
         return export_folder
     loader = distributed.on_all_ranks(
@@ -126,7 +131,7 @@ def run_instruction(config: InstructionRunConfig, *, folder: Path, accept_change
 
     with said_once():
         train(
-            InstructTask(model, config.task),
+            task,
             loader,
             config.trainer,
             folder=folder,
@@ -171,14 +176,17 @@ def _from_scratch(config: InstructionRunConfig) -> tuple[LlavaForConditionalGene
 
 
 def _from_earlier(config: InstructionRunConfig) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """The export of the first stage; pictures may be padded from now on."""
+    """The export of the first stage; pictures may be padded, and chats written in another template, from now on."""
     assistant = open_assistant(config.init)
     model, processor = assistant.model.float(), assistant.processor
-    found = (getattr(model.config.vision_config, "features", "hidden"), model.config.vision_feature_layer)
-    asked = (config.features, config.layer if config.features == "hidden" else -1)
-    if found != asked:
-        raise UserError(f"{config.init} reads features {found}, the config says {asked}: set --features and --layer")
+    features = getattr(model.config.vision_config, "features", "hidden")
+    layer = model.config.vision_feature_layer
+    if features != config.features or (features == "hidden" and layer != config.layer):
+        options = f"--features {features}" + (f" --layer {layer}" if features == "hidden" else "")
+        raise UserError(f"{config.init} was trained on other features than the config says: add {options}")
     processor.image_processor.do_pad = config.pad_to_square
+    if config.chat_template != "auto":
+        end_answers_as(model, with_chat_template(processor, config.chat_template))
     return model, processor
 
 

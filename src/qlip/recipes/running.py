@@ -84,7 +84,7 @@ def prepare_folder(
 ) -> bool:
     """Make or check the run folder, on rank 0 for all. Returns whether the run is finished already.
 
-    A checkpoint holds weights, two moments, the average, and `extra_held` numbers more.
+    A checkpoint holds weights, two moments, the average, and `extra_held` numbers more, or less where that is negative.
     """
     held = 3 * num_weights + (num_weights if config.trainer.ema_decay else 0) + extra_held
     finished = distributed.gather_objects(is_finished(folder, config))[0]  # rank 0's view: file systems may lag

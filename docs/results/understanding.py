@@ -22,8 +22,8 @@ from tiny_studies import make_tokenizers, spread, train_in_processes
 SETTINGS = {  # name -> (tokenizer, features, layer)
     "qlip_second_last": ("qlip", "hidden", -2),
     "qlip_last": ("qlip", "hidden", -1),
-    "qlip_after_q": ("qlip", "post_quantizer", -1),
-    "qlip_codes": ("qlip", "codes", -1),
+    "qlip_after_q": ("qlip", "post_quantizer", -2),  # behind the last layer, whatever the number
+    "qlip_codes": ("qlip", "codes", -2),
     "bsqvit_second_last": ("bsqvit", "hidden", -2),
 }
 TITLES = {

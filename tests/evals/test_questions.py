@@ -49,7 +49,7 @@ class Parrot:
     def identity(self) -> dict[str, Any]:
         return {"model_fingerprint": "parrot" * 4, "dtype": "float32"}
 
-    def answer(self, prompts: list[ChatPrompt], settings: AnswerSettings | None = None) -> list[str]:
+    def answer_what_fits(self, prompts: list[ChatPrompt], settings: AnswerSettings | None = None) -> list[str]:
         texts = [prompt.messages[0]["content"][1]["text"] for prompt in prompts]
         assert settings is not None and settings.temperature == 0 and settings.max_new_tokens == 16
         assert all(len(prompt.images) == 1 and prompt.images[0].mode == "RGB" for prompt in prompts)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaConfig, LlamaForCausalLM
+
+from qlip.core.errors import UserError
+from qlip.models.assistant import AnswerSettings, ChatPrompt, open_assistant, save_assistant
+from qlip.models.language_model import open_language_model, tiny_language_model
+from qlip.models.llava import build_llava, build_processor
 from tiny_assistants import (
     SIZE,
     TEXTS,
@@ -18,12 +25,6 @@ from tiny_assistants import (
     tiny_encoder,
     tiny_llava,
 )
-from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaConfig, LlamaForCausalLM
-
-from qlip.core.errors import UserError
-from qlip.models.assistant import AnswerSettings, ChatPrompt, open_assistant, save_assistant
-from qlip.models.language_model import open_language_model, tiny_language_model
-from qlip.models.llava import build_llava, build_processor
 
 ROWS = [("hidden", -2), ("hidden", -1), ("post_quantizer", -1), ("codes", -1)]
 PIXELS = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
@@ -241,3 +242,57 @@ def test_a_language_model_that_is_none(present, tmp_path):
         folder.mkdir()
     with pytest.raises(UserError, match="lm"):
         open_language_model(folder)
+
+
+def test_a_prompt_that_does_not_fit_leaves_the_others_alone():
+    assistant, settings = tiny_assistant(), AnswerSettings(max_new_tokens=6)
+    prompts = [question(), question("x" * 600), question("What?", seed=1)]
+    alone = [assistant.answer([prompt], settings)[0] for prompt in (prompts[0], prompts[2])]
+    assert assistant.answer_what_fits(prompts, settings) == [alone[0], None, alone[1]]
+
+
+def test_texts_and_parts_are_one():
+    """Templates of other LLaVAs read parts alone."""
+    assistant = tiny_assistant()
+    said = [{"role": "user", "content": "red"}, {"role": "assistant", "content": "two"}]
+    parts = [message | {"content": [{"type": "text", "text": message["content"]}]} for message in said]
+    last = question().messages
+    ids = [
+        assistant.inputs([ChatPrompt(messages=[*m, *last], images=[some_picture()])])["input_ids"]
+        for m in (said, parts)
+    ]
+    assert torch.equal(*ids)
+
+
+@pytest.mark.parametrize("features", ["post_quantizer", "codes"])
+def test_bits_do_not_depend_on_what_the_assistant_computes_in(features):
+    assistant = tiny_assistant(features=features)
+    read = []
+    assistant.model.model.multi_modal_projector.register_forward_hook(lambda module, x, y: read.append(x[0]))
+    for dtype in (torch.float32, torch.bfloat16):
+        assistant.to(torch.device("cpu"), dtype=dtype)
+        assistant.answer([question()], AnswerSettings(max_new_tokens=2))
+    assert assistant.dtype == torch.bfloat16
+    assert torch.equal(*read)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "quantized weights"),
+        ({"_attn_implementation": "somebody/kernel", "attn_implementation": "somebody/kernel"}, ""),
+        ({"auto_map": {"AutoConfig": "evil.Evil"}}, ""),
+    ],
+    ids=["quantized", "kernel of a hub", "code of the folder"],
+)
+def test_a_config_does_not_choose_code(fields, said, tmp_path):
+    folder = save_tiny_assistant(tmp_path / "assistant")
+    (folder / "evil.py").write_text("raise SystemExit('ran')")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+    if said:
+        with pytest.raises(UserError, match=said):
+            open_assistant(folder)
+    else:
+        model = open_assistant(folder).model
+        assert model.config._attn_implementation == "sdpa"

@@ -13,7 +13,7 @@ from qlip.apps.first_look import open_picture
 from qlip.core.errors import UserError
 from qlip.core.log import console
 from qlip.data.folders import PICTURE_ENDINGS
-from qlip.engine.parallel import has_fast_bf16, pick_device
+from qlip.engine.parallel import pick_device
 from qlip.models.assistant import AnswerSettings, Assistant, ChatPrompt, Message, open_assistant
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -120,9 +120,5 @@ def _turn(question: str, num_images: int) -> Message:
 def _open(model: Path, *, device: str, precision: Precision) -> Assistant:
     place = pick_device(device)
     assistant = open_assistant(model)
-    if precision == "auto":
-        bf16 = place.type == "cuda" and has_fast_bf16(place)
-        assistant.to(place, dtype=torch.bfloat16 if bf16 else None)
-    else:
-        assistant.to(place, dtype=DTYPES[precision])
+    assistant.to(place, dtype=DTYPES.get(precision))
     return assistant

@@ -52,7 +52,8 @@ class LmmsAssistant(lmms):
     ) -> None:
         """Called by lmms-eval with the pairs of `--model_args` and with `--batch_size` and `--device`.
 
-        pretrained: the folder that a run exported. dtype: what it computes in; auto is that of the folder's weights.
+        pretrained: the folder that a run exported. dtype: what it computes in; auto is bfloat16 on GPUs that have it,
+        else that of the folder's weights.
         max_new_tokens: of answers to tasks that name none. Raises `UserError` for whatever else is given.
         """
         super().__init__()
@@ -89,8 +90,10 @@ class LmmsAssistant(lmms):
             for settings, indices in groups.items():
                 for batch in batches(indices, self.batch_size):
                     prompts = [self._prompt(requests[index]) for index in batch]  # pictures of one batch at a time
-                    for index, answer in zip(batch, self.assistant.answer(prompts, settings), strict=True):
-                        answers[index] = answer
+                    for index, answer in zip(batch, self.assistant.answer_what_fits(prompts, settings), strict=True):
+                        if answer is None:
+                            logger.warning(f"{self._place(requests[index])} is longer than the context: no answer")
+                        answers[index] = answer or ""
                     progress.update(len(batch))
         return answers
 
@@ -116,7 +119,10 @@ class LmmsAssistant(lmms):
     def _prompt(self, request: Instance) -> ChatPrompt:
         _, doc_to_messages, _, doc_id, task, split = request.args
         messages = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id]))
-        return chat_prompt(messages, place=f"document {doc_id} of {task}")
+        return chat_prompt(messages, place=self._place(request))
+
+    def _place(self, request: Instance) -> str:
+        return f"document {request.args[3]} of {request.args[4]}"
 
 
 def answer_settings(wanted: dict[str, Any], *, max_new_tokens: int) -> AnswerSettings:

@@ -14,6 +14,7 @@ import os
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from threading import Thread
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch import Tensor
 from qlip.core.errors import UserError, nearest_name
 
 PROJECT = "qlip"
+CLOSING_SECONDS = 10.0
 
 
 def build_tracker(
@@ -79,8 +81,13 @@ class TensorBoardTracker:
         self._writer.add_image(name, _channels_last(pictures), step, dataformats="HWC")
 
     def close(self) -> None:
-        """Write what is buffered."""
-        self._writer.close()
+        """Write what is buffered.
+
+        A Ctrl-C inside of tensorboard's queue can leave it waiting for ever, so it is waited for a few seconds only.
+        """
+        closing = Thread(target=self._writer.close, daemon=True)
+        closing.start()
+        closing.join(CLOSING_SECONDS)
 
 
 class TrackioTracker:

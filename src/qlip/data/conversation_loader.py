@@ -169,6 +169,7 @@ class ConversationLoader:
         self.done += 1
         if self.done == self._num_batches:
             self.epoch, self.done = self.epoch + 1, 0
+            self.ledger.check()  # an epoch may be shorter than what it waits for
         return answer.batch
 
     def _write_rejected(self) -> None:

@@ -52,7 +52,7 @@ class Ledger:
         where = f"every one is in {self.path}" if self.path is not None else "`qlip data inspect` lists them"
         raise UserError(
             f"{num_skipped} of {num_seen} samples skipped, more than max_skip_share {self.max_skip_share:g}: "
-            f"{reasons}; {where}; mend the shards or raise max_skip_share"
+            f"{reasons}; {where}; mend the data or raise max_skip_share"
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -192,7 +192,7 @@ class Trainer:
     def whole_model(self) -> nn.Module:
         """An ordinary copy of the model, of its average with EMA, on the device. All ranks must ask together."""
         source = averaged_module(self.state.averages["model"]) if self.config.ema_decay else self.modules["model"]
-        filled = {name: whole(tensor) for name, tensor in source.state_dict().items()}
+        filled = {name: whole(tensor).cpu() for name, tensor in source.state_dict().items()}
         shapes = {name: tensor.shape for name, tensor in self._blank.state_dict().items()}
         self._blank.load_state_dict({name: tensor.reshape(shapes[name]) for name, tensor in filled.items()})
         return self._blank.to(self.device)

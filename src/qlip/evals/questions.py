@@ -19,6 +19,7 @@ from PIL import Image
 
 from qlip.core import distributed
 from qlip.core.errors import UserError
+from qlip.core.log import console
 from qlip.data.items import Item
 from qlip.data.question_files import Question, QuestionFiles, questions_of
 from qlip.evals.answers import Answers, Asking, collect_answers
@@ -70,6 +71,7 @@ class QuestionEvaluator:
         self.details: dict[str, Any] = {}
         self._card: dict[str, Any] = {}
         self._answers: Answers | None = None
+        self._said_too_long = False
         self._num_answers = 0  # of the first question: one person's or ten
 
     @torch.inference_mode()
@@ -159,7 +161,11 @@ class QuestionEvaluator:
             text = asked_text(question, suffix=self.settings.suffix)
             content = [{"type": "image"}, {"type": "text", "text": text}]
             prompts.append(ChatPrompt(messages=[{"role": "user", "content": content}], images=[picture]))
-        return assistant.answer(prompts, AnswerSettings(max_new_tokens=self.settings.max_new_tokens))
+        answers = assistant.answer_what_fits(prompts, AnswerSettings(max_new_tokens=self.settings.max_new_tokens))
+        if None in answers and not self._said_too_long:
+            self._said_too_long = True
+            console.print(f"{self.protocol.name}: a question is longer than the context; such are left without answer")
+        return [answer or "" for answer in answers]
 
     def _card_of(self, assistant: Assistant, answers: Answers, device: torch.device) -> dict[str, Any]:
         asked = [(key, entry.question) for key, entry in zip(answers.keys, answers.answered, strict=True)]
@@ -174,6 +180,7 @@ class QuestionEvaluator:
             "count": len(asked),
             "skipped": answers.skipped.total(),
             "skipped_reasons": dict(answers.skipped),
+            "empty_answers": sum(not entry.text.strip() for entry in answers.answered),
             "keys_sha256": sha256_of_names(answers.keys),
             "questions_sha256": sha256_of_names(f"{key}\0{question.text}" for key, question in asked),
             "truths_sha256": sha256_of_names(f"{key}\0{q.question_id}\0{'|'.join(q.answers)}" for key, q in asked),

@@ -222,7 +222,9 @@ def run_evals(model: Path | str, request: EvalRequest, *, device: str = "auto") 
 def _opened(model: Path | str, caption_encoder: str) -> MeasuredModel:
     """A model to be measured, a generator or an assistant; evaluations refuse what they cannot measure."""
     if is_assistant(model):
-        return cast(MeasuredModel, open_assistant(model))
+        assistant = open_assistant(model)
+        assistant.identity()  # of the weights as they were saved: a GPU computes in another dtype
+        return cast(MeasuredModel, assistant)
     generator = open_generator(model, caption_encoder=caption_encoder) if is_generator(model) else None
     return open_measured(model) if generator is None else cast(MeasuredModel, generator)
 

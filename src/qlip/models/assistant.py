@@ -21,6 +21,7 @@ from qlip.core.markers import without_markers
 from qlip.models.baselines import read_config, whole_model
 from qlip.models.chat_templates import IMAGE_TOKEN
 from qlip.models.measured import Ability, sha256_of_config
+from qlip.models.qlip.code_tower import QLIPCodeTower
 from qlip.models.qlip.fingerprint import model_fingerprint
 from qlip.models.qlip.loading import LOAD_ERRORS, quiet_transformers, write_export
 from qlip.models.qlip.pretrained import one_line
@@ -58,6 +59,10 @@ class AnswerSettings:
     """An answer ends before the first of these."""
 
 
+class TooLong(UserError):  # noqa: N818 - a verdict on a prompt
+    """A prompt that leaves no room for an answer in the context."""
+
+
 class Assistant:
     """Pictures and questions -> answers, as evaluations and harnesses use it."""
 
@@ -69,6 +74,12 @@ class Assistant:
         self.image_size = int(model.config.vision_config.image_size)
         self.abilities: frozenset[Ability] = frozenset(("answer",))
         self._identity: dict[str, Any] = {}
+        self._as_saved = True
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the language model computes in."""
+        return self.model.lm_head.weight.dtype
 
     @property
     def context_length(self) -> int:
@@ -76,12 +87,15 @@ class Assistant:
         return int(self.model.config.text_config.max_position_embeddings)
 
     def identity(self) -> dict[str, Any]:
-        """Fingerprint, dtype, number of parameters of each part, and what the tower hands on."""
+        """Fingerprint, dtype, number of parameters of each part, and what the tower hands on.
+
+        The first call reads all weights and comes before `to` changes their dtype.
+        """
         config = self.model.config
+        assert self._identity or self._as_saved, "a fingerprint is of weights as they were saved"
         self._identity = self._identity or {
             "model_fingerprint": model_fingerprint(self.model),
             "config_sha256": sha256_of_config(config),
-            "dtype": str(self.model.dtype).removeprefix("torch."),
             "parameters": {
                 name: sum(parameter.numel() for parameter in part.parameters())
                 for name, part in self.model.model.named_children()
@@ -90,13 +104,24 @@ class Assistant:
                 config.vision_config, "features", f"hidden_states[{config.vision_feature_layer}]"
             ),
         }
-        return dict(self._identity)
+        return self._identity | {"dtype": str(self.dtype).removeprefix("torch.")}
 
     def to(self, device: torch.device, *, dtype: torch.dtype | None = None) -> None:
-        """Move it there; `dtype` is what it computes in, its weights' own if not given."""
-        identity = self.identity()  # of the weights as they were saved
-        self.model.to(device, dtype)
-        self._identity = identity | {"dtype": str(self.model.dtype).removeprefix("torch.")}
+        """Move it there; `dtype` is what it computes in: if not given bfloat16 on GPUs that have it, else the file's.
+
+        Towers of codes stay float32, with the projector behind them: rounding would flip bits.
+        """
+        if dtype is None:
+            has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+            dtype = torch.bfloat16 if has_bf16 else self.dtype
+        self._as_saved = self._as_saved and dtype == self.dtype
+        self.model.to(device)
+        parts = self.model.model
+        seeing = (
+            [] if isinstance(parts.vision_tower, QLIPCodeTower) else [parts.vision_tower, parts.multi_modal_projector]
+        )
+        for part in (parts.language_model, self.model.lm_head, *seeing):
+            part.to(dtype)
 
     def inputs(self, prompts: list[ChatPrompt]) -> BatchFeature:
         """Prompts -> `input_ids`, `attention_mask` (b, t), padded on the left, and `pixel_values` of all pictures.
@@ -122,18 +147,21 @@ class Assistant:
     def answer(self, prompts: list[ChatPrompt], settings: AnswerSettings | None = None) -> list[str]:
         """b prompts -> b answers, without white space around them.
 
-        In float32 on a CPU an answer does not depend on the prompts beside it but through rounding. Raises `UserError`
-        for a question that leaves no room in the context, and as `inputs`.
+        In float32 on a CPU an answer does not depend on the prompts beside it but through rounding, and near the end
+        of the context: the longest prompt leaves its room to all. Raises `TooLong` for one that leaves none, and as
+        `inputs`.
         """
         settings = settings or AnswerSettings()
         inputs = self.inputs(prompts)
         length = inputs["input_ids"].shape[1]
         room = self.context_length - length
         if room < 1:
-            raise UserError(f"the question has {length} tokens, the context {self.context_length}: shorten it")
+            raise TooLong(f"the question has {length} tokens, the context {self.context_length}: shorten it")
         inputs = inputs.to(self.model.device)
         if "pixel_values" in inputs:
-            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+            inputs["pixel_values"] = inputs["pixel_values"].to(
+                self.model.model.multi_modal_projector.linear_1.weight.dtype
+            )
         sampled = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}  # 0 is all
         stops = {"stop_strings": list(settings.until), "tokenizer": self.processor.tokenizer} if settings.until else {}
         written = self.model.generate(
@@ -147,6 +175,15 @@ class Assistant:
         answers = self.processor.batch_decode(written[:, length:], skip_special_tokens=True)
         return [_before(answer, settings.until).strip() for answer in answers]
 
+    def answer_what_fits(self, prompts: list[ChatPrompt], settings: AnswerSettings | None = None) -> list[str | None]:
+        """As `answer`, with None for a prompt that leaves no room in the context."""
+        try:
+            return list(self.answer(prompts, settings))
+        except TooLong:
+            if len(prompts) == 1:
+                return [None]
+            return [answer for prompt in prompts for answer in self.answer_what_fits([prompt], settings)]
+
     def _text(self, prompt: ChatPrompt) -> str:
         markers = [token for token in self.processor.tokenizer.get_added_vocab() if token]
         messages = [_harmless(message, markers) for message in prompt.messages]
@@ -158,9 +195,9 @@ class Assistant:
 
 
 def _harmless(message: Message, markers: list[str]) -> Message:
+    """In part form, which every LLaVA's template takes, without markers in its texts."""
     content = message["content"]
-    if isinstance(content, str):
-        return message | {"content": without_markers(content, markers)}
+    content = [{"type": "text", "text": content}] if isinstance(content, str) else content
     parts = [part | {"text": without_markers(part["text"], markers)} if "text" in part else part for part in content]
     return message | {"content": parts}
 
@@ -184,13 +221,17 @@ def open_assistant(source: str | Path) -> Assistant:
     """
     folder = Path(source)
     if not is_assistant(folder):
-        raise UserError(f"{source} holds no assistant: give the export of `qlip train scenes_llava_tiny` or of a LLaVA")
+        of_run = folder / "export"
+        remedy = str(of_run) if is_assistant(of_run) else "the export of `qlip train scenes_llava_tiny` or of a LLaVA"
+        raise UserError(f"{source} holds no assistant: give {remedy}")
+    if "quantization_config" in read_config(folder):
+        raise UserError(f"{source} holds quantized weights, which are not read here: save it with whole ones")
     read_headers(find_weight_files(folder))
 
     def load() -> tuple[Any, Mapping[str, Any]]:
         with quiet_transformers():
             return LlavaForConditionalGeneration.from_pretrained(
-                folder, local_files_only=True, dtype="auto", output_loading_info=True
+                folder, local_files_only=True, dtype="auto", attn_implementation="sdpa", output_loading_info=True
             )
 
     return Assistant(whole_model(folder, load), open_processor(folder))

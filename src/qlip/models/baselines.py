@@ -78,7 +78,7 @@ def whole_model(source: Path, load: Callable[[], tuple[Any, Mapping[str, Any]]])
         model, info = load()
     except UserError:
         raise
-    except (*LOAD_ERRORS, ArithmeticError, AssertionError) as error:
+    except (*LOAD_ERRORS, ArithmeticError, AssertionError, ImportError) as error:
         raise UserError(f"cannot load {source}: {one_line(error).split('. ')[0]}; {DOWNLOAD_AGAIN}") from error
     for kind in ("missing", "unexpected", "mismatched"):
         names = sorted(name if isinstance(name, str) else name[0] for name in info[f"{kind}_keys"])

@@ -1,7 +1,8 @@
 """Chat templates: how a conversation becomes the text that a language model reads, as Jinja (transformers' convention).
 
 A language model's own template expects texts; ours are preceded by a prelude that turns a list of parts into a text,
-with `<image>` where a picture stands. So one template serves training, `qlip ask` and the harnesses.
+with `<image>` where a picture stands. So one template serves training, `qlip ask` and the harnesses. The prelude also
+sets what makes a template's text depend on more than the messages: Llama-3.1's date, Qwen3's thinking.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ PRELUDE = """\
 {%- set ns.messages = ns.messages + [{'role': message.role, 'content': ns.text}] -%}
 {%- endfor -%}
 {%- set messages = ns.messages -%}
+{%- set date_string = '26 Jul 2024' -%}
+{%- set enable_thinking = false -%}
 """
 
 VICUNA_V1 = """\

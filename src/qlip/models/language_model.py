@@ -16,8 +16,10 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from qlip.core.errors import UserError
+from qlip.models.baselines import read_config
 from qlip.models.chat_templates import SHORT
 from qlip.models.qlip.loading import quiet_transformers
 from qlip.models.qlip.pretrained import one_line
@@ -53,12 +55,22 @@ def open_language_model(folder: str | Path) -> tuple[PreTrainedModel, PreTrained
     """
     if not Path(folder).is_dir():
         raise UserError(f"no language model at {folder}: download one (Vicuna, Llama-3, Qwen) and give its folder")
+    kind = read_config(Path(folder)).get("model_type")
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UserError(
+            f"{folder} holds a {kind!r} model, no language model: give the folder of a Vicuna, Llama, Qwen, ..."
+        )
     read_headers(find_weight_files(folder))
     tokenizer = open_text_tokenizer(folder)
     try:
         with quiet_transformers():
             model, info = AutoModelForCausalLM.from_pretrained(
-                folder, local_files_only=True, dtype="auto", output_loading_info=True
+                folder,
+                local_files_only=True,
+                trust_remote_code=False,
+                dtype="auto",
+                attn_implementation="sdpa",  # not what config.json says: it can name code of a hub
+                output_loading_info=True,
             )
     except Exception as error:  # the readers raise nearly every type on broken files
         raise UserError(f"cannot read a language model from {folder}: {one_line(error)}; download it again") from None
@@ -74,6 +86,11 @@ def open_text_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # as above
+        if (Path(folder) / "tokenizer.model").is_file() and not (Path(folder) / "tokenizer.json").is_file():
+            raise UserError(
+                f"{folder} has a tokenizer.model alone: pip install sentencepiece, and save the tokenizer again with a "
+                "tokenizer.json (docs/understanding.md)"
+            ) from None
         raise UserError(f"cannot read a tokenizer from {folder}: {one_line(error)}; download it again") from None
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer of {folder} has no fast form (tokenizer.json): save it with one")

@@ -134,8 +134,9 @@ def with_chat_template(processor: LlavaProcessor, chat_template: str) -> LlavaPr
 def end_answers_as(model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
     """Let `generate` also stop at the marker behind an answer of the processor's template."""
     end = end_of_answer(processor)
-    if end is not None and end not in model.generation_config.eos_token_id:
-        model.generation_config.eos_token_id = [*model.generation_config.eos_token_id, end]
+    known = _ids_of(model.generation_config.eos_token_id)
+    if end is not None and end not in known:
+        model.generation_config.eos_token_id = [*known, end]
 
 
 def end_of_answer(processor: LlavaProcessor) -> int | None:
@@ -176,8 +177,7 @@ def _make_room(language_model: PreTrainedModel, num_tokens: int) -> None:
 def _generation_config(language_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
     """Greedy, and every end that the language model knows."""
     own = language_model.generation_config
-    ends = own.eos_token_id if own is not None and own.eos_token_id is not None else []
-    ends = [ends] if isinstance(ends, int) else list(ends)
+    ends = _ids_of(own.eos_token_id if own is not None else None)
     if tokenizer.eos_token_id is not None:
         ends.append(tokenizer.eos_token_id)
     return GenerationConfig(
@@ -186,6 +186,11 @@ def _generation_config(language_model: PreTrainedModel, tokenizer: PreTrainedTok
         eos_token_id=list(dict.fromkeys(ends)),
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def _ids_of(value: int | list[int] | None) -> list[int]:
+    """A field of a generation config, which is none, one or several ids."""
+    return [] if value is None else [value] if isinstance(value, int) else list(value)
 
 
 def _find_template(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> str:

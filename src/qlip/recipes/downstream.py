@@ -144,7 +144,7 @@ def llava_v15_7b_pretrain() -> InstructionRunConfig:
                 name="adamw", lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, warmup_steps=66, clip_norm=1.0
             ),
         ),
-        data=ConversationDataConfig(batch_size=16, global_batch_size=256, plain=True),
+        data=ConversationDataConfig(batch_size=16, global_batch_size=256, num_workers=8, plain=True),
         trainer=TrainerConfig(
             steps=2181,
             log_every=10,
@@ -170,7 +170,7 @@ def llava_v15_7b_finetune() -> InstructionRunConfig:
     config.recipe = "llava_v15_7b_finetune"
     config.pad_to_square = True
     config.task = InstructConfig()
-    config.data = ConversationDataConfig(batch_size=8, global_batch_size=128)
+    config.data = ConversationDataConfig(batch_size=8, global_batch_size=128, num_workers=8)
     config.trainer.steps = 5198
     return config
 
@@ -207,7 +207,7 @@ def llava_v15_small_finetune() -> InstructionRunConfig:
     config = llava_v15_7b_finetune()
     config.recipe = "llava_v15_small_finetune"
     config.chat_template = "auto"
-    config.data.batch_size = 16
+    config.data.batch_size = 8
     config.trainer.parallel = "auto"
     return config
 
@@ -226,6 +226,7 @@ def scenes_llava_tiny() -> InstructionRunConfig:
     """
     return InstructionRunConfig(
         recipe="scenes_llava_tiny",
+        fresh_language_model=True,
         task=InstructConfig(
             optimizer=OptimizerConfig(
                 name="adamw", lr=2e-3, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.0, warmup_steps=100, clip_norm=1.0

@@ -19,7 +19,7 @@ from qlip.core.errors import UserError
 from qlip.core.log import console
 from qlip.data.conversation_loader import ConversationDataConfig, conversation_loader
 from qlip.data.conversations import open_conversations
-from qlip.engine.parallel import pick_parallel
+from qlip.engine.parallel import block_stacks, pick_parallel
 from qlip.engine.trainer import TrainerConfig, train
 from qlip.models.assistant import open_assistant, save_assistant
 from qlip.models.language_model import TinyLanguageModel, open_language_model, tiny_language_model
@@ -66,8 +66,10 @@ class InstructionRunConfig:
     """auto (the language model's own, or that of `init`), vicuna_v1, llama_3, chatml, short, or a Jinja file."""
     pad_to_square: bool = True
     """Add bars of the mean colour to pictures, LLaVA's way; otherwise they are cropped."""
+    fresh_language_model: bool = False
+    """Without `language_model` make a tiny one that knows nothing, with a tokenizer from the conversations."""
     tiny: TinyLanguageModel = field(default_factory=TinyLanguageModel)
-    """Size of the fresh language model that is made without `language_model`."""
+    """Its size."""
     lora: LoraSettings = field(default_factory=LoraSettings)
     """Low-rank updates instead of all weights of the language model."""
     task: InstructConfig = field(default_factory=InstructConfig)
@@ -103,13 +105,8 @@ def run_instruction(config: InstructionRunConfig, *, folder: Path, accept_change
     torch.manual_seed(config.trainer.seed)  # equal weights on all ranks
     model, processor = distributed.on_all_ranks(partial(_parts, config))
     task = InstructTask(model, config.task)
-    weights, frozen = (
-        sum(parameter.numel() for parameter in model.parameters() if not (only_frozen and parameter.requires_grad))
-        for only_frozen in (False, True)
-    )
     export_folder = folder / "export"
-    extra = -2 * frozen  # without moments
-    if prepare_folder(folder, config, num_weights=weights, extra_held=extra, accept_changes=accept_changes):
+    if prepare_folder(folder, config, **_sizes(model), accept_changes=accept_changes):
         console.print(f"{folder} is finished ({config.trainer.steps} steps); its model is {export_folder}")
         return export_folder
     loader = distributed.on_all_ranks(
@@ -145,15 +142,33 @@ def run_instruction(config: InstructionRunConfig, *, folder: Path, accept_change
     return export_folder
 
 
+def _sizes(model: nn.Module) -> dict[str, int]:
+    """For `prepare_folder`: frozen weights have no moments, which of a language model's are most of a checkpoint."""
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
+    return {"num_weights": weights, "extra_held": -2 * frozen}
+
+
 def _parts(config: InstructionRunConfig) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     model, processor = _from_earlier(config) if config.init else _from_scratch(config)
     longest = int(model.config.text_config.max_position_embeddings)
     if config.data.max_length > longest:
+        fresh = not (config.init or config.language_model)
         raise UserError(
-            f"data.max_length {config.data.max_length} is more than the language model's {longest} positions: lower it"
+            f"data.max_length {config.data.max_length} is more than the {'fresh ' * fresh}language model's {longest} "
+            f"positions: {'add --language-model FOLDER, or ' * fresh}lower it"
         )
     if config.lora.rank:
         add_lora(model, config.lora)
+    trainer = config.trainer
+    wants_blocks = trainer.parallel == "fsdp" or trainer.activation_checkpointing or trainer.compile
+    if wants_blocks and not block_stacks(model.model.language_model):
+        raise UserError(
+            f"the blocks of a {type(model.model.language_model).__name__} are not found, so they cannot be sharded, "
+            "checkpointed or compiled one by one: leave these options out, or take Llama, Qwen, ..."
+        )
+    if distributed.rank() == 0 and config.language_model and config.task.trains != "projector":
+        console.print("the projector is fresh; LLaVA trains it alone first, and goes on from there with --init")
     return model, processor
 
 
@@ -207,11 +222,16 @@ def _refuse_impossible(config: InstructionRunConfig) -> None:
             raise UserError("--init brings tower and language model with it: leave --tower and --language-model out")
     elif not config.tower:
         raise UserError("no vision tower: add --tower QLIP (`make demo` trains one), or --init RUN/export")
+    elif not (config.language_model or config.fresh_language_model):
+        raise UserError("no language model: add --language-model FOLDER (Vicuna, Llama-3, Qwen), or --init RUN/export")
+    if config.features != "hidden" and config.layer != InstructionRunConfig(recipe="").layer:
+        raise UserError(f"--layer has no effect on features {config.features}, which lie behind the last: leave it out")
     refuse_small(config, LEAST)
     if config.task.trains == "projector" and config.lora.rank:
         raise UserError("task.trains is projector, so LoRA would not train: set --lora.rank 0")
-    for name in ("eval_every", "images_every"):
-        if getattr(config.trainer, name):
-            raise UserError(
-                f"trainer.{name}: an assistant is evaluated when its run has ended (qlip eval); set it to 0"
-            )
+    if not 0 <= config.lora.dropout < 1:
+        raise UserError(f"lora.dropout is {config.lora.dropout}: give 0 or more, below 1")
+    if config.trainer.eval_every:
+        raise UserError("trainer.eval_every: an assistant is evaluated when its run has ended (qlip eval); set it to 0")
+    if config.trainer.images_every:
+        raise UserError("trainer.images_every: an assistant draws no pictures; set it to 0")

@@ -1,6 +1,7 @@
 """Visual instruction tuning (LLaVA-1.5; QLIP section 7, Eq 8): pictures and chats -> likelihood of the answers.
 
-The loss is -ln p of a token, averaged over the supervised tokens of all ranks' micro-batches.
+The loss is -ln p of a token, averaged over the supervised tokens that all ranks have in a micro-batch; the gradient of
+a step is the mean over its micro-batches, which LLaVA-1.5's trainer takes for each rank alone.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import LlavaForConditionalGeneration
 
 from qlip.core.distributed import sum_over_ranks, world_size
@@ -73,13 +75,18 @@ class InstructTask:
             logits_to_keep=asked,
             use_cache=False,
         )
-        logits, targets = output.logits.float(), labels[:, asked]  # (b, k, V), (b, k)
-        summed = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        logits, targets = output.logits, labels[:, asked]  # (b, k, V), (b, k)
+        rows = [checkpoint(_summed_loss, *row, use_reentrant=False) for row in zip(logits, targets, strict=True)]
         learned = targets != IGNORED
         count = sum_over_ranks(learned.sum().float()) / world_size()
         with torch.no_grad():
             right = (logits.argmax(-1) == targets)[learned].float().mean()
-        return {"token_loss": summed / count, "token_accuracy": right}
+        return {"token_loss": torch.stack(rows).sum() / count, "token_accuracy": right}
 
     def after_step(self, phase: Phase, terms: dict[str, Tensor]) -> None:
         """Nothing is bounded."""
+
+
+def _summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """(k, V) and (k,) of one chat -> the sum of -ln p in float32; large vocabularies fit chat by chat only."""
+    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")

@@ -83,7 +83,7 @@ class QLIPCodeTower(QLIPPreTrainedModel):
     def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
         """(b, 3, S, S) CLIP-normalised -> `hidden_states` of one entry (b, n, width), without CLS.
 
-        Computed in float32 whatever autocast is on: rounding would flip bits.
+        Computed in the weights' own dtype whatever autocast is on: rounding would flip bits.
         """
         with float32_region(pixel_values.device.type):
             weight = self.tokenizer_encoder.post_layernorm.weight

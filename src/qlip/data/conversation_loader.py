@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from qlip.core.errors import UserError, last_line
+from qlip.core.errors import UserError
 from qlip.core.images import ImageLimits
 from qlip.core.log import console
 from qlip.data.chat_labels import ChatEncoder
@@ -25,7 +25,7 @@ from qlip.data.conversation_order import ConversationOrder
 from qlip.data.conversations import Conversations, open_conversations
 from qlip.data.image_files import open_image_files
 from qlip.data.ledger import Ledger
-from qlip.data.loaders import killed_worker
+from qlip.data.loaders import errors_as_without_workers
 from qlip.data.shards import refuse_changes
 
 
@@ -137,16 +137,8 @@ class ConversationLoader:
             )
 
     def _batches(self, answers: Iterator[Answer]) -> Iterator[dict[str, Any]]:
-        try:
-            for answer in answers:
-                yield self._taken(answer)
-        except UserError as error:
-            raise UserError(last_line(error)) from None
-        except RuntimeError as error:
-            killed = killed_worker(error)
-            if killed is None:
-                raise
-            raise killed from None
+        for answer in errors_as_without_workers(answers):
+            yield self._taken(answer)
 
     def _taken(self, answer: Answer) -> dict[str, Any]:
         """Count what a worker reports, and move on behind its batch."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch.utils.data import IterableDataset
@@ -16,6 +16,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader as StatefulDataLoad
 from qlip.core.errors import UserError, last_line
 from qlip.core.log import console
 
+Batch = TypeVar("Batch")
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 """Samples -> a batch."""
 
@@ -67,18 +68,7 @@ class TrainingLoader:
         What a worker raises comes out as it does without workers: `UserError` is one line again, and a worker that the
         system killed becomes one. All random numbers that the start draws from PyTorch's state are drawn now.
         """
-        return self._batches(iter(self._loader))
-
-    def _batches(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        try:
-            yield from batches
-        except UserError as error:
-            raise UserError(last_line(error)) from None
-        except RuntimeError as error:
-            killed = killed_worker(error)
-            if killed is None:
-                raise
-            raise killed from None
+        return errors_as_without_workers(iter(self._loader))
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's position behind the last batch that was handed out, and the split it belongs to; JSON values."""
@@ -112,6 +102,19 @@ class TrainingLoader:
                 f"data: the position was saved by {saved[0]} ranks x {saved[1]} workers, here are {self.num_ranks} x "
                 f"{self.num_workers}; every reader begins epoch {epoch} and leaves out the rest of the one before"
             )
+
+
+def errors_as_without_workers(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches; `UserError` of a worker is one line again, and a worker that the system killed becomes one."""
+    try:
+        yield from batches
+    except UserError as error:
+        raise UserError(last_line(error)) from None
+    except RuntimeError as error:
+        killed = killed_worker(error)
+        if killed is None:
+            raise
+        raise killed from None
 
 
 def stateful_loader(

@@ -213,13 +213,14 @@ def llava_v15_small_finetune() -> InstructionRunConfig:
 
 
 def scenes_llava_tiny() -> InstructionRunConfig:
-    """A fresh Llama of 0.9M parameters that answers questions about scenes through the demo's tower; two CPU cores.
+    """A fresh Llama of 0.65M parameters that answers questions about scenes through the demo's tower; two CPU cores.
 
     Command:  qlip train scenes_llava_tiny --tower runs/demo/stage2/export --data.conversations scenes.json
               --data.images runs/demo/data/train
     Hardware: two CPU cores, under 2 GB of memory.
-    Time:     TIME
-    Expect:   EXPECT
+    Time:     six to eight minutes on one core (measured on an AMD EPYC with AVX2 that had other work too).
+    Expect:   right answers about held-out scenes: existence 76 %, colour 80, count 90, position 53 (majority answers
+              50, 12, 59, 35; means of three seeds): docs/results/understanding.md.
 
     The conversations: `qlip data conversations runs/demo/data/train scenes.json`. A language model that knows nothing
     yet has to train from the first step on, so there is one stage.

@@ -79,6 +79,9 @@ def main() -> None:
         if isinstance(error, RankError) or os.environ.get("RANK", "0") == "0":  # what all ranks meet is said once
             print(f"qlip: {last_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
     except KeyboardInterrupt:
         print("qlip: stopped; start the same command again to go on", file=sys.stderr)
         raise SystemExit(130) from None

@@ -69,18 +69,21 @@ def train(arguments: list[str]) -> None:
     name, options = arguments[0], arguments[1:]
     base = find_recipe(name)
     from qlip.core.distributed import stop
-    from qlip.recipes.generation_run import GenerationOptions, GenerationRunConfig, run_generation
-    from qlip.recipes.instruction_run import InstructionOptions, InstructionRunConfig, run_instruction
-    from qlip.recipes.run import TrainOptions, run_recipe
 
     prog, out = f"qlip train {name}", Path("runs") / name
-    if isinstance(base, GenerationRunConfig):
+    if base.task.kind == "next_token":
+        from qlip.recipes.generation_run import GenerationOptions, run_generation
+
         asked = parse_arguments(GenerationOptions, options, prog=prog, default=GenerationOptions(run=base, out=out))
         run_generation(asked.run, folder=asked.out, accept_changes=asked.accept_changes)
-    elif isinstance(base, InstructionRunConfig):
+    elif base.task.kind == "instruct":
+        from qlip.recipes.instruction_run import InstructionOptions, run_instruction
+
         asked = parse_arguments(InstructionOptions, options, prog=prog, default=InstructionOptions(run=base, out=out))
         run_instruction(asked.run, folder=asked.out, accept_changes=asked.accept_changes)
     else:
+        from qlip.recipes.run import TrainOptions, run_recipe
+
         asked = parse_arguments(TrainOptions, options, prog=prog, default=TrainOptions(run=base, out=out))
         run_recipe(asked.run, folder=asked.out, accept_changes=asked.accept_changes)
     stop()

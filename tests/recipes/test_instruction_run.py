@@ -171,7 +171,7 @@ def test_a_second_stage_that_does_not_fit_the_first_is_one_line(home, first_stag
     assert both in refused(changed(second_stage(home, export), language_model="LLM"), tmp_path)
     for other in ({"features": "codes"}, {"layer": -1}):
         said = refused(second_stage(home, export, **other), tmp_path)
-        assert "trained on other features" in said and "add --features hidden --layer -2" in said
+        assert "reads other features than this run would: give --features hidden --layer -2" in said
     assert "holds no assistant" in refused(second_stage(home, home / "tower"), tmp_path)
     assert f"holds no assistant: give {export}" in refused(second_stage(home, first_stage), tmp_path)
     said = refused(tiny(home, language_model=str(export)), tmp_path)

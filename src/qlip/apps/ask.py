@@ -28,6 +28,9 @@ def pictures_and_question(words: Sequence[str], *, images: Sequence[Path]) -> tu
     The last word is the question unless it is a file or is called like a picture. Raises `UserError` for an empty one.
     """
     pictures, question = [*images, *map(Path, words)], None
+    for word in words[:-1]:
+        if not _names_picture(word):
+            raise UserError(f"no picture at {word}; give pictures, and last the question, in quotes: {USAGE}")
     if words and not _names_picture(words[-1]):
         question = words[-1].strip()
         pictures.pop()
@@ -80,7 +83,7 @@ def chat(
     device: str = "auto",
     precision: Precision = "auto",
 ) -> None:
-    """Each line from the terminal is a turn that the next ones remember; Ctrl-D ends. Empty lines are passed over.
+    """Each line from the terminal is a turn that the next ones remember; Ctrl-D or Ctrl-C ends, empty lines do nothing.
 
     The pictures belong to the first turn. A turn that cannot be answered is said and forgotten. Raises `UserError`
     where there is no terminal, and as `answer_question`.
@@ -94,7 +97,7 @@ def chat(
     while True:
         try:
             question = input("> ").strip()
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             print()
             return
         if not question:

@@ -14,6 +14,7 @@ from qlip.data.conversation_inspect import (
     inspect_conversation_files,
     labelled_text,
     sample_of,
+    visible,
 )
 from qlip.data.conversations import open_conversations
 from qlip.data.image_files import open_image_files
@@ -55,6 +56,8 @@ def inspect_conversations(source: str, settings: InspectSettings) -> None:
     if settings.tokenizer is None:
         console.print("sample            not shown: give --tokenizer, the folder of a language model")
         return
+    from qlip.models.assistant import is_assistant
+
     processor = _processor(settings.tokenizer, settings.chat_template)
     encoder = ChatEncoder(processor, max_length=settings.max_length, plain=settings.plain)
     conversation = conversations[sample]
@@ -63,7 +66,12 @@ def inspect_conversations(source: str, settings: InspectSettings) -> None:
     except SampleRejected as rejected:
         raise UserError(f"conversation {sample} would be skipped: {rejected}; choose another with --sample") from None
     supervised = int((chat.labels >= 0).sum())
-    console.print(f"sample {sample}, {len(chat.input_ids)} tokens, {supervised} supervised (green)", markup=False)
+    size = f"{len(chat.input_ids)} tokens, {supervised} supervised (green)"
+    console.print(f"sample {sample}, id {visible(conversation.key)}, {size}", markup=False)
+    if not is_assistant(settings.tokenizer) and chat.num_images:
+        console.print(
+            f"(as many <image> as a tower of {IMAGE_SIZE} px and patches of {PATCH_SIZE} px has)", markup=False
+        )
     console.print(labelled_text(chat, tokenizer=processor.tokenizer, image_token_id=processor.image_token_id))
 
 

@@ -69,7 +69,8 @@ def _load(path: Path) -> tuple[bytes, dict[str, Any]]:
         raise UserError(f"{path} is {what}; fetch it again") from None
     if not isinstance(table, dict) or not isinstance(table.get("images"), list) or not table["images"]:
         raise UserError(
-            f"{path} has no list of images; give COCO's captions_val2014.json or Karpathy's dataset_coco.json"
+            f"{path} has no list of images; give COCO's captions_val2014.json or Karpathy's dataset_coco.json, or "
+            "questions as one object with question_id a line"
         )
     return content, table
 

@@ -97,7 +97,8 @@ def format_conversation_report(report: ConversationReport) -> str:
         lines.append("first of each fault")
         lines += [f"  {skip.shard}  id {visible(skip.key)}  {visible(skip.reason)}" for skip in report.faults]
     if report.num_pictures_sought:
-        lines.append(f"missing pictures  {len(report.missing)} of the first {report.num_pictures_sought}")
+        looked = f"{len(report.missing)} of the first {report.num_pictures_sought}"
+        lines.append(f"missing pictures  {looked}; whether the others can be opened is seen in training")
         lines += [f"  id {visible(skip.key)}  {visible(skip.reason)}" for skip in report.missing[:5]]
     else:
         lines.append("missing pictures  not looked for: give --images")

@@ -46,9 +46,9 @@ class ConversationDataConfig:
     max_length: int = 2048
     """Tokens of a conversation, those of pictures included; its last questions are left out until it fits."""
     plain: bool = False
-    """Drop the questions' texts: pictures and captions alone, for training the projector (LLaVA's first stage)."""
+    """Leave out template and questions: pictures and captions alone, for the projector (LLaVA's first stage)."""
     group_by_length: bool = True
-    """Put conversations of similar length into a batch, which saves padding."""
+    """Whether conversations of similar length share a batch, which saves padding."""
     max_skip_share: float = 0.05
     """Stop when a larger share of the conversations cannot be used."""
     limits: ImageLimits = field(default_factory=ImageLimits)

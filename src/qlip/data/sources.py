@@ -117,8 +117,9 @@ def _open(spec: str, images: str, split: str) -> AnySource:
         return _open_pattern(spec, images, split)
     if path.suffix == ".json":
         raise UserError(
-            f"{path} is not there; dataset_coco.json and dataset_flickr30k.json come in {KARPATHY_ZIP}, captions_"
-            "val2014.json in http://images.cocodataset.org/annotations/annotations_trainval2014.zip: unpack it there"
+            f"{path} is not there; mend the path. Of COCO's, dataset_coco.json and dataset_flickr30k.json come in "
+            f"{KARPATHY_ZIP}, captions_val2014.json in "
+            "http://images.cocodataset.org/annotations/annotations_trainval2014.zip: unpack it there"
         )
     raise UserError(f"{path} is not there; give {WHAT}")
 

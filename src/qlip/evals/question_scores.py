@@ -154,7 +154,8 @@ def score_yes_no(answered: Sequence[Answered]) -> Scores:
         "answer_rule": YES_RULE,
         "categories": {name or "other": len(pairs) for name, pairs in sorted(groups.items())},
     }
-    return Scores(figures=figures, details={"files": details}, card=card)
+    neither = sum(normalised(entry.text).split()[:1] not in (["yes"], ["no"]) for entry in answered)
+    return Scores(figures=figures, details={"files": details, "neither_yes_nor_no": neither}, card=card)
 
 
 def _yes_no_figures(pairs: Sequence[tuple[bool, bool]]) -> dict[str, float]:

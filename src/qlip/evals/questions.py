@@ -151,8 +151,8 @@ class QuestionEvaluator:
         self._num_answers = self._num_answers or len(question.answers)
         if self.settings.scorer == "match" and len(question.answers) != self._num_answers:
             raise UserError(
-                f"{self.data.source.name}: question {question.question_id} has {len(question.answers)} answers, others "
-                f"{self._num_answers}: give all of them one or all of them ten"
+                f"{self.data.source.name}: question {question.question_id} has another number of answers "
+                f"({len(question.answers)}) than the first ({self._num_answers}): give all of them one, or ten"
             )
 
     def _ask(self, assistant: Assistant, questions: list[Question], pictures: list[Image.Image]) -> list[str]:

@@ -65,9 +65,9 @@ class InstructionRunConfig:
     chat_template: str = "auto"
     """auto (the language model's own, or that of `init`), vicuna_v1, llama_3, chatml, short, or a Jinja file."""
     pad_to_square: bool = True
-    """Add bars of the mean colour to pictures, LLaVA's way; otherwise they are cropped."""
+    """Whether pictures get bars of the mean colour, LLaVA's way; otherwise they are cropped."""
     fresh_language_model: bool = False
-    """Without `language_model` make a tiny one that knows nothing, with a tokenizer from the conversations."""
+    """Whether, without `language_model`, a tiny one that knows nothing is made, its tokenizer from the chats."""
     tiny: TinyLanguageModel = field(default_factory=TinyLanguageModel)
     """Its size."""
     lora: LoraSettings = field(default_factory=LoraSettings)
@@ -139,6 +139,8 @@ def run_instruction(config: InstructionRunConfig, *, folder: Path, accept_change
             tracker=tracker_of(config, folder),
             export=export,
         )
+    if distributed.rank() == 0:
+        console.print(f'the model is {export_folder}; ask it: qlip ask {export_folder} picture.png "a question"')
     return export_folder
 
 
@@ -198,7 +200,7 @@ def _from_earlier(config: InstructionRunConfig) -> tuple[LlavaForConditionalGene
     layer = model.config.vision_feature_layer
     if features != config.features or (features == "hidden" and layer != config.layer):
         options = f"--features {features}" + (f" --layer {layer}" if features == "hidden" else "")
-        raise UserError(f"{config.init} was trained on other features than the config says: add {options}")
+        raise UserError(f"{config.init} reads other features than this run would: give {options}")
     processor.image_processor.do_pad = config.pad_to_square
     if config.chat_template != "auto":
         end_answers_as(model, with_chat_template(processor, config.chat_template))

@@ -218,7 +218,7 @@ def scenes_llava_tiny() -> InstructionRunConfig:
     Command:  qlip train scenes_llava_tiny --tower runs/demo/stage2/export --data.conversations scenes.json
               --data.images runs/demo/data/train
     Hardware: two CPU cores, under 2 GB of memory.
-    Time:     six to eight minutes on one core (measured on an AMD EPYC with AVX2 that had other work too).
+    Time:     three and a half minutes (measured on an AMD EPYC with AVX2); six to eight on one core with other work.
     Expect:   right answers about held-out scenes: existence 76 %, colour 80, count 90, position 53 (majority answers
               50, 12, 59, 35; means of three seeds): docs/results/understanding.md.
 

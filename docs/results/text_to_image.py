@@ -10,14 +10,22 @@ and one sheet of pictures beside this file; text_to_image.md says what they show
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from tiny_studies import TOKENIZERS, make_tokenizers, spread, train_in_processes
+from tiny_studies import (
+    TOKENIZERS,
+    draw_bars,
+    made_with,
+    make_tokenizers,
+    read_runs,
+    spread,
+    study_parser,
+    train_in_processes,
+)
 
 SETTINGS = {  # name -> (tokenizer, head)
     "qlip_bitwise": ("qlip", "bitwise"),
@@ -92,12 +100,12 @@ def train_all(out: Path, *, seeds: int, steps: int, parallel: int) -> None:
     """Every setting and seed, `parallel` processes at a time; what is there already is kept."""
     make_tokens(out)
     jobs = [(name, seed) for seed in range(seeds) for name in SETTINGS]
-    train_in_processes(out, jobs, parallel=parallel, options=lambda name, seed: ["--steps", str(steps)])
+    train_in_processes(out, jobs, parallel=parallel, options=["--steps", str(steps)])
 
 
 def summarise(out: Path) -> dict[str, Any]:
     """Every figure of every seed per setting, chance, and what the runs were made with."""
-    runs = [json.loads(path.read_text()) for path in sorted(out.glob("*_[0-9].json"))]
+    runs = read_runs(out)
     rows = {}
     for name in SETTINGS:
         mine = [run for run in runs if run["setting"] == name]
@@ -109,9 +117,7 @@ def summarise(out: Path) -> dict[str, Any]:
                 "parameters": mine[0]["parameters"],
             }
     chance = {tag: runs[0]["figures"][f"{tag}_baseline"] for tag in (*TAGS, "overall")}
-    kept = {key: runs[0][key] for key in ("steps", "batch", "card", "git_commit", "versions")}
-    kept["card"] = {key: value for key, value in kept["card"].items() if key not in ("model", "command")}  # of a folder
-    return {"rows": rows, "chance": chance, "ceilings": ceilings(out), **kept}
+    return {"rows": rows, "chance": chance, "ceilings": ceilings(out), **made_with(runs[0])}
 
 
 def ceilings(out: Path) -> dict[str, dict[str, float]]:
@@ -148,29 +154,15 @@ def print_table(summary: dict[str, Any]) -> None:
 def draw(out: Path, summary: dict[str, Any]) -> None:
     """Bars per category with a point for every seed, and a sheet of the first seed's pictures of each setting."""
     import torch
-    from matplotlib.figure import Figure
     from PIL import Image
     from torchvision.transforms.functional import pil_to_tensor
 
     from qlip.apps.generate import sheet_of
     from qlip.evals.benchmark_files import save_png
 
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    axes = figure.subplots()
-    width = 0.8 / len(summary["rows"])
-    for place, (name, row) in enumerate(summary["rows"].items()):
-        for column, tag in enumerate(TAGS):
-            x = column + (place - (len(summary["rows"]) - 1) / 2) * width
-            label = TITLES[name] if column == 0 else None
-            axes.bar(x, 100 * mean(row[tag]), width=0.9 * width, color=f"C{place}", label=label)
-            axes.scatter([x] * len(row[tag]), [100 * value for value in row[tag]], s=8, color="black", zorder=3)
-    for column, tag in enumerate(TAGS):
-        axes.hlines(100 * summary["chance"][tag], column - 0.42, column + 0.42, color="black", linestyle="dotted")
-    axes.set_xticks(range(len(TAGS)), [tag.replace("_", " ") for tag in TAGS])
-    axes.set_ylabel("right, %")
-    axes.legend(frameon=False, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(HERE / "text_to_image.svg", metadata={"Date": None})
+    rows = {TITLES[name]: row for name, row in summary["rows"].items()}
+    columns = {tag: tag.replace("_", " ") for tag in TAGS}
+    draw_bars(HERE / "text_to_image.svg", rows, columns, summary["chance"], what="right, %")
     pictures, texts = [], []
     for name in summary["rows"]:
         record = json.loads((out / f"{name}_0" / "pictures" / "generation.json").read_text())
@@ -183,14 +175,7 @@ def draw(out: Path, summary: dict[str, Any]) -> None:
 
 def main() -> None:
     """Train what is missing, or draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of data, runs and figures")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=1600, help="optimizer steps of each generator")
-    parser.add_argument("--parallel", type=int, default=2, help="processes at a time, one thread each")
-    parser.add_argument("--one", nargs=2, metavar=("SETTING", "SEED"), help="train one setting alone")
-    parser.add_argument("--draw", action="store_true", help="tables and pictures from what is there")
-    options = parser.parse_args()
+    options = study_parser(__doc__, steps=1600).parse_args()
     if options.one:
         train_one(options.out, options.one[0], int(options.one[1]), options.steps)
         return

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import subprocess
 import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 TOKENIZERS = ("qlip", "bsqvit")
 
@@ -38,22 +40,69 @@ def make_tokenizers(out: Path) -> None:
             run_recipe(config, folder=out / name / stage)
 
 
-def train_in_processes(
-    out: Path, jobs: list[tuple[str, int]], *, parallel: int, options: Callable[[str, int], list[str]]
-) -> None:
+def study_parser(description: str | None, *, steps: int) -> argparse.ArgumentParser:
+    """What every study can be told; `steps` of training unless told otherwise."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of data, runs and figures")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=steps, help="optimizer steps of each training")
+    parser.add_argument("--parallel", type=int, default=2, help="processes at a time, one thread each")
+    parser.add_argument("--one", nargs=2, metavar=("SETTING", "SEED"), help="train one setting alone")
+    parser.add_argument("--draw", action="store_true", help="tables and pictures from what is there")
+    return parser
+
+
+def train_in_processes(out: Path, jobs: list[tuple[str, int]], *, parallel: int, options: list[str]) -> None:
     """Call the script again for every (setting, seed) without OUT/<setting>_<seed>.json, `parallel` at a time."""
 
     def run(job: tuple[str, int]) -> None:
         name, seed = job
         if (out / f"{name}_{seed}.json").exists():
             return
-        command = [sys.executable, sys.argv[0], "--out", str(out), "--one", name, str(seed), *options(name, seed)]
+        command = [sys.executable, sys.argv[0], "--out", str(out), "--one", name, str(seed), *options]
         with (out / f"{name}_{seed}.log").open("a") as file:
             subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=True)
         print(name, seed, "done", flush=True)
 
     with ThreadPoolExecutor(parallel) as pool:
         list(pool.map(run, jobs))
+
+
+def read_runs(out: Path) -> list[dict[str, Any]]:
+    """What the processes have written, in the order of settings and seeds."""
+    return [json.loads(path.read_text()) for path in sorted(out.glob("*_[0-9].json"))]
+
+
+def made_with(run: dict[str, Any]) -> dict[str, Any]:
+    """What all runs of a study have in common, without folders."""
+    kept = {key: run[key] for key in ("steps", "batch", "card", "git_commit", "versions")}
+    kept["card"] = {key: value for key, value in kept["card"].items() if key not in ("model", "command")}
+    return kept
+
+
+def draw_bars(
+    path: Path, rows: dict[str, dict[str, list[float]]], columns: dict[str, str], levels: dict[str, float], *, what: str
+) -> None:
+    """A group of bars for each of `columns` (figure -> its name), a bar for each of `rows` (title -> figures of all
+    seeds in [0, 1]), a point for each seed, and `levels` (figure -> chance) dotted. `what` names the axis."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(rows)
+    for place, (title, row) in enumerate(rows.items()):
+        for column, name in enumerate(columns):
+            values = [100 * value for value in row[name]]
+            x = column + (place - (len(rows) - 1) / 2) * width
+            axes.bar(x, mean(values), width=0.9 * width, color=f"C{place}", label=None if column else title)
+            axes.scatter([x] * len(values), values, s=8, color="black", zorder=3)
+    for column, name in enumerate(columns):
+        axes.hlines(100 * levels[name], column - 0.42, column + 0.42, color="black", linestyle="dotted")
+    axes.set_xticks(range(len(columns)), columns.values())
+    axes.set_ylabel(what)
+    figure.legend(frameon=False, fontsize=8, ncols=3, loc="outside upper center")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, metadata={"Date": None})
 
 
 def spread(values: list[float], *, digits: int) -> str:

@@ -10,14 +10,13 @@ scenes. Writes understanding.json and understanding.svg beside this file; unders
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from tiny_studies import make_tokenizers, spread, train_in_processes
+from tiny_studies import draw_bars, made_with, make_tokenizers, read_runs, spread, study_parser, train_in_processes
 
 SETTINGS = {  # name -> (tokenizer, features, layer)
     "qlip_second_last": ("qlip", "hidden", -2),
@@ -89,7 +88,7 @@ def train_one(out: Path, name: str, seed: int, *, steps: int, scenes: int) -> No
 
 def summarise(out: Path) -> dict[str, Any]:
     """Every figure of every seed per setting, majority answers, and what the runs were made with."""
-    runs = [json.loads(path.read_text()) for path in sorted(out.glob("*_[0-9].json"))]
+    runs = read_runs(out)
     figures = [*(f"accuracy_{kind}" for kind in KINDS), "accuracy_all_questions"]
     rows = {}
     for name in SETTINGS:
@@ -102,9 +101,7 @@ def summarise(out: Path) -> dict[str, Any]:
                 "evaluation_seconds": [run["evaluation_seconds"] for run in mine],
             }
     majority = {figure: runs[0]["figures"][f"{figure}_baseline"] for figure in figures}
-    kept = {key: runs[0][key] for key in ("steps", "batch", "card", "git_commit", "versions")}
-    kept["card"] = {key: value for key, value in kept["card"].items() if key not in ("model", "command")}  # of a folder
-    return {"rows": rows, "majority": majority, **kept}
+    return {"rows": rows, "majority": majority, **made_with(runs[0])}
 
 
 def print_table(summary: dict[str, Any]) -> None:
@@ -120,40 +117,16 @@ def print_table(summary: dict[str, Any]) -> None:
 
 
 def draw(summary: dict[str, Any]) -> None:
-    """Bars per kind of question with a point for every seed."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    axes = figure.subplots()
-    width = 0.8 / len(summary["rows"])
-    for place, (name, row) in enumerate(summary["rows"].items()):
-        for column, kind in enumerate(KINDS):
-            values = [100 * value for value in row[f"accuracy_{kind}"]]
-            x = column + (place - (len(summary["rows"]) - 1) / 2) * width
-            label = TITLES[name] if column == 0 else None
-            axes.bar(x, mean(values), width=0.9 * width, color=f"C{place}", label=label)
-            axes.scatter([x] * len(values), values, s=8, color="black", zorder=3)
-    for column, kind in enumerate(KINDS):
-        level = 100 * summary["majority"][f"accuracy_{kind}"]
-        axes.hlines(level, column - 0.42, column + 0.42, color="black", linestyle="dotted")
-    axes.set_xticks(range(len(KINDS)), KINDS)
-    axes.set_ylabel("right answers, %")
-    axes.set_ylim(0, 100)
-    axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.2))
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(HERE / "understanding.svg", metadata={"Date": None})
+    """Bars per kind of question."""
+    rows = {TITLES[name]: row for name, row in summary["rows"].items()}
+    columns = {f"accuracy_{kind}": kind for kind in KINDS}
+    draw_bars(HERE / "understanding.svg", rows, columns, summary["majority"], what="right answers, %")
 
 
 def main() -> None:
     """Train what is missing, or draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of data, runs and figures")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps of each assistant")
+    parser = study_parser(__doc__, steps=1000)
     parser.add_argument("--scenes", type=int, default=1000, help="held-out scenes to ask about")
-    parser.add_argument("--parallel", type=int, default=2, help="processes at a time, one thread each")
-    parser.add_argument("--one", nargs=2, metavar=("SETTING", "SEED"), help="train one setting alone")
-    parser.add_argument("--draw", action="store_true", help="table and plot from what is there")
     options = parser.parse_args()
     if options.one:
         train_one(options.out, options.one[0], int(options.one[1]), steps=options.steps, scenes=options.scenes)
@@ -162,7 +135,7 @@ def main() -> None:
         make_conversations(options.out)
         jobs = [(name, seed) for seed in range(options.seeds) for name in SETTINGS]
         more = ["--steps", str(options.steps), "--scenes", str(options.scenes)]
-        train_in_processes(options.out, jobs, parallel=options.parallel, options=lambda name, seed: more)
+        train_in_processes(options.out, jobs, parallel=options.parallel, options=more)
     summary = summarise(options.out)
     (HERE / "understanding.json").write_text(json.dumps(summary, indent=1) + "\n")
     print_table(summary)

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
+from tiny_runs import stopped_by_ctrl_c
 
 from qlip.core.log import read_metrics
 from qlip.data.scene_conversations import write_scene_conversations
@@ -99,20 +96,7 @@ def test_ctrl_c_is_one_line_and_the_run_goes_on(qlip, command, tmp_path):
     run = tmp_path / "run"
     changes = {"trainer__save_every": "20", "trainer__tracker": "none"}
     endless = [*command, "--out", str(run), *options(trainer__steps="1000000", **changes)]
-    start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from qlip.cli import main; main()"
-    process = subprocess.Popen(  # the handler: a suite started in the background hands down an ignored SIGINT
-        [sys.executable, "-c", start, *endless], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        while process.poll() is None and len(read_metrics(run / "metrics.jsonl")) < 23:  # between two checkpoints
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert err == "qlip: stopped; start the same command again to go on\n"
-    assert process.returncode == 130
-    newest = max(int(path.name.removeprefix("step_")) for path in (run / "checkpoints").glob("step_*[0-9]"))
+    newest = stopped_by_ctrl_c(endless, run, lines=23)  # between two checkpoints
     more = options(trainer__steps=str(newest + 1), **changes)
     assert f"at step {newest}" in qlip.works(*command, "--out", run, *more, "--accept-changes")
     assert read_metrics(run / "metrics.jsonl")[-1]["step"] == newest + 1

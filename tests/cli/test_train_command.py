@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import io
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import skimage.data
 from PIL import Image
-from tiny_runs import tiny, write_tar
+from tiny_runs import stopped_by_ctrl_c, tiny, write_tar
 
 from qlip.core.log import read_metrics
 from qlip.data.scene_shards import write_scene_shards
@@ -115,23 +111,7 @@ def test_ctrl_c_is_one_line_and_the_run_goes_on(qlip, scenes, tmp_path):
     run = tmp_path / "run"
     command = ["train", "scenes_tiny", "--data.train", str(scenes), "--out", str(run)]
     endless = [*command, *tiny(trainer__steps="1000000", trainer__save_every="100")]
-    start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from qlip.cli import main; main()"
-    process = subprocess.Popen(  # the handler: a suite started in the background hands down an ignored SIGINT
-        [sys.executable, "-c", start, *endless],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        while process.poll() is None and len(read_metrics(run / "metrics.jsonl")) < 103:  # between two checkpoints
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert err == "qlip: stopped; start the same command again to go on\n"
-    assert process.returncode == 130
-    newest = max(int(path.name.removeprefix("step_")) for path in (run / "checkpoints").glob("step_*[0-9]"))
+    newest = stopped_by_ctrl_c(endless, run, lines=103)  # between two checkpoints
     steps = str(newest + 1)
     said = qlip.works(*command, *tiny(trainer__steps=steps, trainer__save_every="100"), "--accept-changes")
     assert f"at step {newest}" in said

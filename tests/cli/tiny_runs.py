@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import io
+import signal
+import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
 
 from qlip.cli import main
+from qlip.core.log import read_metrics
 
 TOWER = {"hidden-size": "16", "num-layers": "1", "num-heads": "2", "intermediate-size": "24"}
 OVERRIDES = {
@@ -70,3 +74,24 @@ def write_tar(path: Path, files: dict[str, bytes]) -> None:
             member = tarfile.TarInfo(name)
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
+
+
+def stopped_by_ctrl_c(words: list[str], run: Path, *, lines: int) -> int:
+    """Train in another process, press Ctrl-C once the run has logged so many steps; one line must be what it says.
+
+    Returns the step of the newest checkpoint.
+    """
+    start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from qlip.cli import main; main()"
+    process = subprocess.Popen(  # the handler: a suite started in the background hands down an ignored SIGINT
+        [sys.executable, "-c", start, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        while process.poll() is None and len(read_metrics(run / "metrics.jsonl")) < lines:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert err == "qlip: stopped; start the same command again to go on\n"
+    assert process.returncode == 130
+    return max(int(path.name.removeprefix("step_")) for path in (run / "checkpoints").glob("step_*[0-9]"))

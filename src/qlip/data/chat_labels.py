@@ -21,6 +21,7 @@ from qlip.data.conversations import Conversation, Message
 from qlip.data.tar_reader import SampleRejected
 
 IGNORED = -100
+"""Label of a token that is not learned (PyTorch's and LLaVA's number)."""
 NEWLINE = re.compile(r"[^\S\n]*\n")
 
 

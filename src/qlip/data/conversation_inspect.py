@@ -54,8 +54,8 @@ def inspect_conversation_files(
         turns[sum(message["role"] == "assistant" for message in conversation.messages)] += 1
         num_same += hash(conversation.key) in keys
         keys.add(hash(conversation.key))
-        for name in conversation.images if images is not None else ():
-            if num_sought == num_pictures:
+        for name in conversation.images:
+            if images is None or num_sought == num_pictures:
                 break
             num_sought += 1
             fault = _fault_of(images, name)
@@ -148,10 +148,9 @@ def _runs(chat: EncodedChat, *, image_token_id: int) -> list[tuple[str, list[int
     return runs
 
 
-def _fault_of(images: ImageFiles | None, name: str) -> str:
+def _fault_of(images: ImageFiles, name: str) -> str:
     try:
-        if images is not None:
-            images.read(name)
+        images.read(name)
     except SampleRejected as rejected:
         return str(rejected)
     return ""

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
@@ -17,11 +16,9 @@ from torchvision.utils import make_grid
 
 from qlip.core import distributed
 from qlip.core.errors import UserError
-from qlip.core.log import console
 from qlip.data.batches import DataConfig, training_loader
 from qlip.data.token_loader import TokenDataConfig, token_loader
 from qlip.engine.interfaces import Loader
-from qlip.engine.parallel import pick_parallel
 from qlip.engine.trainer import TrainerConfig, train
 from qlip.evals.sample_grid import save_grid
 from qlip.models.caption_encoder import CaptionEncoder, cleaned_prompt, open_caption_encoder
@@ -32,11 +29,10 @@ from qlip.models.text_to_image import TextToImageConfig, TextToImageModel
 from qlip.models.visual_tokens import HeadKind
 from qlip.recipes.running import (
     LEAST_OF_TRAINER,
-    device_type,
+    begin,
     prepare_folder,
     refuse_small,
     said_once,
-    split_batch,
     tracker_of,
 )
 from qlip.tasks.next_token import NextTokenConfig, NextTokenTask
@@ -130,15 +126,11 @@ def run_generation(config: GenerationRunConfig, *, folder: Path, accept_changes:
     store of another tokenizer.
     """
     _refuse_impossible(config)
-    pick_parallel(config.trainer.parallel)
-    batch_size, micro_batches = split_batch(config.data, num_ranks=distributed.launched_processes())
-    distributed.start(device_type=device_type(config.trainer))
-    torch.manual_seed(config.trainer.seed)  # equal weights and random numbers on all ranks
+    batch_size, micro_batches = begin(config.trainer, config.data)
     tokenizer, captions, model = distributed.on_all_ranks(partial(_parts, config))
     export_folder = folder / "export"
     weights = sum(parameter.numel() for parameter in model.parameters())
     if prepare_folder(folder, config, num_weights=weights, accept_changes=accept_changes):
-        console.print(f"{folder} is finished ({config.trainer.steps} steps); its model is {export_folder}")
         return export_folder
     loader = distributed.on_all_ranks(partial(_loader, config, tokenizer, captions, folder))
     with said_once():

@@ -9,7 +9,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 from torch import nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
@@ -19,7 +18,7 @@ from qlip.core.errors import UserError
 from qlip.core.log import console
 from qlip.data.conversation_loader import ConversationDataConfig, conversation_loader
 from qlip.data.conversations import open_conversations
-from qlip.engine.parallel import block_stacks, pick_parallel
+from qlip.engine.parallel import block_stacks
 from qlip.engine.trainer import TrainerConfig, train
 from qlip.models.assistant import open_assistant, save_assistant
 from qlip.models.language_model import TinyLanguageModel, open_language_model, tiny_language_model
@@ -28,11 +27,10 @@ from qlip.models.lora import LoraSettings, add_lora, merge_lora
 from qlip.models.qlip.loading import load_model
 from qlip.recipes.running import (
     LEAST_OF_TRAINER,
-    device_type,
+    begin,
     prepare_folder,
     refuse_small,
     said_once,
-    split_batch,
     tracker_of,
 )
 from qlip.tasks.instruct import InstructConfig, InstructTask
@@ -99,15 +97,11 @@ def run_instruction(config: InstructionRunConfig, *, folder: Path, accept_change
     that do not fit together.
     """
     _refuse_impossible(config)
-    pick_parallel(config.trainer.parallel)
-    batch_size, micro_batches = split_batch(config.data, num_ranks=distributed.launched_processes())
-    distributed.start(device_type=device_type(config.trainer))
-    torch.manual_seed(config.trainer.seed)  # equal weights on all ranks
+    batch_size, micro_batches = begin(config.trainer, config.data)
     model, processor = distributed.on_all_ranks(partial(_parts, config))
     task = InstructTask(model, config.task)
     export_folder = folder / "export"
     if prepare_folder(folder, config, **_sizes(model), accept_changes=accept_changes):
-        console.print(f"{folder} is finished ({config.trainer.steps} steps); its model is {export_folder}")
         return export_folder
     loader = distributed.on_all_ranks(
         partial(

@@ -9,20 +9,17 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 from torch import Tensor, nn
 
 from qlip.core import distributed, pixels
 from qlip.core.config import from_json
 from qlip.core.errors import UserError
-from qlip.core.log import console
 from qlip.data.batches import DataConfig, training_loader
 from qlip.data.loaders import TrainingLoader
 from qlip.data.sources import open_source
 from qlip.engine.checkpoint import checkpoint_folders, load_module
 from qlip.engine.interfaces import Evaluator, Task
-from qlip.engine.parallel import pick_parallel
 from qlip.engine.trainer import TrainerConfig, train
 from qlip.evals import protocols
 from qlip.evals.collect import first_pictures
@@ -35,11 +32,10 @@ from qlip.models.qlip.tokenizer import text_tokenizer
 from qlip.recipes.model import ModelConfig, fresh_model, model_from, with_quantizer
 from qlip.recipes.running import (
     LEAST_OF_TRAINER,
-    device_type,
+    begin,
     prepare_folder,
     refuse_small,
     said_once,
-    split_batch,
     tracker_of,
 )
 from qlip.tasks.align import AlignConfig, AlignTask
@@ -104,16 +100,12 @@ def run_recipe(config: RunConfig, *, folder: Path, accept_changes: bool = False)
     missing data, a batch that the processes cannot share, a folder that cannot be written or holds another config.
     """
     _refuse_impossible(config)
-    pick_parallel(config.trainer.parallel)
-    batch_size, micro_batches = split_batch(config.data, num_ranks=distributed.launched_processes())
-    distributed.start(device_type=device_type(config.trainer))
-    torch.manual_seed(config.trainer.seed)  # equal weights and random numbers on all ranks
+    batch_size, micro_batches = begin(config.trainer, config.data)
     model, processor = distributed.on_all_ranks(partial(_model_and_processor, config))
     export_folder = folder / "export"
     weights = sum(parameter.numel() for parameter in model.parameters())
     extra = _extra_held(config)
     if prepare_folder(folder, config, num_weights=weights, extra_held=extra, accept_changes=accept_changes):
-        console.print(f"{folder} is finished ({config.trainer.steps} steps); its model is {export_folder}")
         return export_folder
     loader = distributed.on_all_ranks(partial(_loader, config, model, processor, folder))
     with said_once():

@@ -8,12 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from qlip.core import distributed
 from qlip.core.config import differences, to_json
 from qlip.core.errors import RankError, UserError
+from qlip.core.log import console
 from qlip.core.trackers import build_tracker
 from qlip.engine.interfaces import Tracker
-from qlip.engine.parallel import pick_device
+from qlip.engine.parallel import pick_device, pick_parallel
 from qlip.engine.run_folder import prepare_run_folder
 from qlip.engine.trainer import TrainerConfig
 from qlip.models.qlip.loading import EXPORT_MARKER
@@ -79,10 +82,22 @@ def split_batch(data: BatchSizes, *, num_ranks: int) -> tuple[int, int]:
     return total, total // at_once
 
 
+def begin(trainer: TrainerConfig, data: BatchSizes) -> tuple[int, int]:
+    """Join the processes that torchrun has started, with equal random states. Returns what `split_batch` does.
+
+    Raises `UserError` for a parallelism, a device or a batch that is not possible here.
+    """
+    pick_parallel(trainer.parallel)
+    shares = split_batch(data, num_ranks=distributed.launched_processes())
+    distributed.start(device_type=device_type(trainer))
+    torch.manual_seed(trainer.seed)  # equal weights and random numbers on all ranks
+    return shares
+
+
 def prepare_folder(
     folder: Path, config: AnyRun, *, num_weights: int, extra_held: int = 0, accept_changes: bool
 ) -> bool:
-    """Make or check the run folder, on rank 0 for all. Returns whether the run is finished already.
+    """Make or check the run folder, on rank 0 for all. Returns whether the run is finished already, and says so.
 
     A checkpoint holds weights, two moments, the average, and `extra_held` numbers more, or less where that is negative.
     """
@@ -98,6 +113,8 @@ def prepare_folder(
         accept_changes=accept_changes and not finished,  # config.json goes on describing the weights beside it
     )
     distributed.on_first_rank(prepare)
+    if finished:
+        console.print(f"{folder} is finished ({config.trainer.steps} steps); its model is {folder / 'export'}")
     return finished
 
 

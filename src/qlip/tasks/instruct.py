@@ -16,10 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlavaForConditionalGeneration
 
 from qlip.core.distributed import sum_over_ranks, world_size
+from qlip.data.chat_labels import IGNORED
 from qlip.engine.interfaces import Batch, OptimizerConfig, Phase
-
-IGNORED = -100
-"""Label of a token that is not learned."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from qlip.core.chats import chat_text, template_name, without_markers
 from qlip.core.errors import UserError
-from qlip.core.markers import without_markers
 from qlip.data.conversations import Conversation, Message
 from qlip.data.tar_reader import SampleRejected
 
@@ -113,16 +113,16 @@ class ChatEncoder:
                 message = {**message, "content": [{"type": "text", "text": f"{mark}:{len(answers)};"}]}
                 answers.append(text)
             hollow.append(message)
-        pieces = re.split(f"{mark}:(\\d+);", self._apply_template(hollow))
+        pieces = re.split(f"{mark}:(\\d+);", chat_text(self.processor, hollow))
         if [int(number) for number in pieces[1::2]] != list(range(len(answers))):
             raise UserError(
-                f"the chat template {self._name()} drops, repeats or moves answers of earlier turns; "
+                f"the chat template {template_name(self.processor)} drops, repeats or moves answers of earlier turns; "
                 "choose another with --chat-template"
             )
         if sum(piece.count(self.processor.image_token) for piece in pieces[::2]) != num_images:
             raise UserError(
-                f"the chat template {self._name()} does not write one {self.processor.image_token} per picture; "
-                "choose another with --chat-template"
+                f"the chat template {template_name(self.processor)} does not write one {self.processor.image_token} "
+                "per picture; choose another with --chat-template"
             )
         text, spans = "", list[tuple[int, int]]()
         for piece, answer in zip(pieces[::2], [*answers, ""], strict=True):
@@ -206,23 +206,14 @@ class ChatEncoder:
         """What the template writes between a prompt for an answer and the answer: the model has to write it itself."""
         question = [{"role": "user", "content": [{"type": "text", "text": "question"}]}]
         answer = {"role": "assistant", "content": [{"type": "text", "text": "@answer"}]}
-        prompt = self._apply_template(question, asking=True)
-        before, mark, _ = self._apply_template([*question, answer]).partition("@answer")
+        prompt = chat_text(self.processor, question, asking=True)
+        before, mark, _ = chat_text(self.processor, [*question, answer]).partition("@answer")
         if not mark or not before.startswith(prompt):
             raise UserError(
-                f"the chat template {self._name()} asks for an answer in other words than it puts before one; "
-                "choose another with --chat-template"
+                f"the chat template {template_name(self.processor)} asks for an answer in other words than it puts "
+                "before one; choose another with --chat-template"
             )
         return before[len(prompt) :]
-
-    def _apply_template(self, messages: list[Message], *, asking: bool = False) -> str:
-        try:
-            return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=asking)
-        except Exception as error:  # templates raise what they like: jinja2's own and, inside, Python's errors
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"the chat template {self._name()} fails: {reason}; choose another with --chat-template"
-            ) from None
 
     def _harmless(self, message: Message) -> Message:
         """The message with markers such as `</s>` in its texts broken up."""
@@ -231,9 +222,6 @@ class ChatEncoder:
             for part in message["content"]
         ]
         return {**message, "content": parts}
-
-    def _name(self) -> str:
-        return f"of {self.tokenizer.name_or_path}" if self.tokenizer.name_or_path else "of this tokenizer"
 
 
 def _ends_of_pairs(messages: list[Message]) -> list[int]:

@@ -16,8 +16,8 @@ from torch import nn
 from transformers import AutoProcessor, BatchFeature, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+from qlip.core.chats import chat_text, without_markers
 from qlip.core.errors import UserError
-from qlip.core.markers import without_markers
 from qlip.models.baselines import read_config, whole_model
 from qlip.models.chat_templates import IMAGE_TOKEN
 from qlip.models.measured import Ability, sha256_of_config
@@ -187,7 +187,7 @@ class Assistant:
     def _text(self, prompt: ChatPrompt) -> str:
         markers = [token for token in self.processor.tokenizer.get_added_vocab() if token]
         messages = [_harmless(message, markers) for message in prompt.messages]
-        text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = chat_text(self.processor, messages, asking=True)
         places = text.count(IMAGE_TOKEN)
         if places != len(prompt.images):
             raise UserError(f"{places} places for pictures, {len(prompt.images)} pictures: give one part for each")

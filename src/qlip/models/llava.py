@@ -28,6 +28,7 @@ from transformers import (
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+from qlip.core.chats import chat_text
 from qlip.core.errors import UserError
 from qlip.models.chat_templates import CHAT_TEMPLATES, IMAGE_TOKEN, NEEDED_TOKENS, flattening
 from qlip.models.qlip.code_tower import code_tower
@@ -142,7 +143,7 @@ def end_answers_as(model: LlavaForConditionalGeneration, processor: LlavaProcess
 def end_of_answer(processor: LlavaProcessor) -> int | None:
     """Id of the marker behind an answer in the processor's template; None if there is none."""
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": PROBE}]
-    text = processor.apply_chat_template(messages, tokenize=False)
+    text = chat_text(processor, messages)
     behind = text.split(PROBE, 1)[1] if PROBE in text else ""
     ids = processor.tokenizer(behind, add_special_tokens=False)["input_ids"]
     return next((token for token in ids if token in processor.tokenizer.all_special_ids), None)
@@ -210,4 +211,7 @@ def _find_template(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> st
         return CHAT_TEMPLATES[chat_template]
     if not Path(chat_template).is_file():
         raise UserError(f"chat template {chat_template!r} is neither known nor a file: {remedy}")
-    return Path(chat_template).read_text(encoding="utf-8")
+    try:
+        return Path(chat_template).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"chat template {chat_template} cannot be read as UTF-8 ({error}): {remedy}") from None

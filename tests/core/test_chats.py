@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qlip.core.markers import without_markers
+from qlip.core.chats import without_markers
 
 MARKERS = ("<image>", "</s>", "<|im_end|>", "|||IP|||", "\n\n", "   ", "a", "x ", "")
 

@@ -14,17 +14,23 @@ from typing import Any
 TOKENIZERS = ("qlip", "bsqvit")
 
 
-def make_tokenizers(out: Path) -> None:
-    """The demo's scenes as OUT/data, and OUT/<tokenizer>/stage2/export: QLIP, and BSQ-ViT (contrastive weight 0)."""
+def make_scenes(out: Path) -> None:
+    """The demo's scenes as OUT/data/train and OUT/data/test."""
     from qlip.apps.demo import TRAIN_OBJECT_COUNTS
     from qlip.data.scene_shards import write_scene_shards
     from qlip.data.scenes import SceneConfig
-    from qlip.recipes import find_recipe
-    from qlip.recipes.run import run_recipe
 
     train = SceneConfig(image_size=48, object_counts=TRAIN_OBJECT_COUNTS)
     write_scene_shards(out / "data" / "train", num=40_000, split="train", config=train)
     write_scene_shards(out / "data" / "test", num=4_000, split="test", config=SceneConfig(image_size=48))
+
+
+def make_tokenizers(out: Path) -> None:
+    """Scenes, and over them OUT/<name>/stage2/export: QLIP, and BSQ-ViT (contrastive weight 0)."""
+    from qlip.recipes import find_recipe
+    from qlip.recipes.run import run_recipe
+
+    make_scenes(out)
     for name in TOKENIZERS:
         if (out / name / "stage2" / "export" / "config.json").exists():
             continue

@@ -27,6 +27,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "tokenize": token_commands.tokenize,
     "generate": token_commands.generate,
     "ask": chat_commands.ask,
+    "caption": chat_commands.caption,
+    "complete": chat_commands.complete,
     "reconstruct": commands.reconstruct,
     "verify": commands.verify,
     "classify": commands.classify,

@@ -226,36 +226,68 @@ def import_command(
     src: Positional[Path],
     out: Positional[Path],
     *,
+    image_size: int | None = None,
     text_from: Path | None = None,
-    image_size: int = 256,
-    patch_size: int = 16,
-    head_dim: int = 64,
+    patch_size: int | None = None,
+    head_dim: int | None = None,
     decoder_layers: int | None = None,
-    quantizer: Literal["bsq", "none"] = "bsq",
-    seed: int = 0,
+    quantizer: Literal["bsq", "none"] | None = None,
+    seed: int | None = None,
+    tokenizer: str | None = None,
+    division: tuple[int, ...] | None = None,
+    softmax: Literal["separate", "joint"] | None = None,
+    probe: Path | None = None,
 ) -> None:
-    """Start a model from weights of others: EVA-02 or EVA02-CLIP become a model folder, bottleneck and decoder fresh.
+    """Start a model from weights of others: EVA-02 or EVA02-CLIP become a tokenizer, Llama 3 or Qwen3 becomes a UM3.
 
     Example: qlip import eva eva02_B_pt_in21k_p14.pt my_start --text-from EVA02_CLIP_B_psz16_s8B.pt
 
-    Args:
-        kind: Whose weights: eva.
-        src: Weight file: .safetensors, or .pt, .pth, .bin (read without running code).
-        out: Folder to write; an earlier import or export there is replaced.
-        text_from: Take the text side from this EVA02-CLIP or CLIP file instead.
-        image_size: Side of the new model's pictures in pixels; positions are resized to it.
-        patch_size: Side of its patches in pixels; the patch kernel is resized to it.
-        head_dim: Width of one attention head of the imported towers, which files do not tell.
-        decoder_layers: Blocks of the fresh decoder; as many as the encoder's if not given.
-        quantizer: bsq, or none for a model whose decoder sees the encoder's states (recipe 2 of Table 3c).
-        seed: Seed of the fresh weights.
-    """
-    from qlip.apps.import_weights import import_weights
-    from qlip.models.qlip.eva_sizes import EvaImportConfig
+    Example: qlip import llama Llama-3.2-1B my_um3 --tokenizer QLIP_B_16_256
 
-    grid = {"image_size": image_size, "patch_size": patch_size}
-    config = EvaImportConfig(**grid, head_dim=head_dim, decoder_layers=decoder_layers, quantizer=quantizer, seed=seed)
-    import_weights(kind, src, out, text_from=text_from, config=config)
+    Args:
+        kind: Whose weights: eva, whose bottleneck and decoder are fresh; or llama, whose vocabulary gets visual ids.
+        src: Weight file of eva: .safetensors, or .pt, .pth, .bin (read without running code). Folder of a llama.
+        out: Folder to write; an earlier import or export there is replaced.
+        image_size: Of eva: side of the new model's pictures in pixels, 256 if not given; positions are resized to it.
+            Of llama: side of the pictures, for VQ tokenizers, which take many.
+        text_from: Of eva: take the text side from this EVA02-CLIP or CLIP file instead.
+        patch_size: Of eva: side of its patches in pixels, 16 if not given; the patch kernel is resized to it.
+        head_dim: Of eva: width of one attention head of the imported towers, which files do not tell; 64 if not given.
+        decoder_layers: Of eva: blocks of the fresh decoder; as many as the encoder's if not given.
+        quantizer: Of eva: bsq, or none for a model whose decoder sees the encoder's states (recipe 2 of Table 3c); bsq
+            if not given.
+        seed: Of eva: seed of the fresh weights; 0 if not given.
+        tokenizer: Of llama: the image tokenizer whose tokens it shall write, a QLIP folder; a copy goes into OUT.
+        division: Of llama: bits of each id of a token, such as 14 14; few of at most 14 bits if not given.
+        softmax: Of llama: one softmax for each modality (separate, Eq 6), or joint; separate if not given.
+        probe: Of llama: a text file, on whose beginning the weights of QK-norm are matched to what queries and keys
+            have; they are one if not given, which a short training mends too.
+    """
+    from qlip.apps.import_weights import import_eva_weights, options_of
+    from qlip.core.errors import UserError
+
+    eva = {
+        **{"image_size": image_size, "patch_size": patch_size, "head_dim": head_dim},
+        **{"decoder_layers": decoder_layers, "quantizer": quantizer, "seed": seed, "text_from": text_from},
+    }
+    llama = {
+        **{"tokenizer": tokenizer, "image_size": image_size, "probe": probe},
+        **{"division": division, "softmax": softmax},
+    }
+    given = options_of(kind, {"eva": eva, "llama": llama})
+    if kind == "eva":
+        from qlip.models.qlip.eva_sizes import EvaImportConfig
+
+        given.pop("text_from", None)
+        import_eva_weights(src, out, text_from=text_from, config=EvaImportConfig(**given))
+        return
+    from qlip.apps.import_llama import LlamaImportConfig, import_llama
+    from qlip.models.widening import WideningConfig
+
+    if tokenizer is None:
+        raise UserError("no image tokenizer: add --tokenizer QLIP, a folder such as `make demo` makes")
+    widening = WideningConfig(**{name: given.pop(name) for name in ("division", "softmax") if name in given})
+    import_llama(src, out, LlamaImportConfig(**given, widening=widening))
 
 
 def doctor() -> None:

@@ -40,7 +40,7 @@ def evaluate(
 
     Args:
         model: Model folder or hub id: QLIP, or of others CLIP, SigLIP, diffusers' VQ or KL, LlamaGen's VQGAN; or a
-            text-to-image model or an assistant of ours.
+            text-to-image model, an assistant or a UM3 of ours.
         data: Pictures: class folders, a flat folder, tar shards, a COCO or Karpathy json, parquet; question files.
         evals: Protocols by name; those of scenes if not given.
         images: Folder of the pictures that a COCO or Karpathy json or question files name, if not beside it.

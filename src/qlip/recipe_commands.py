@@ -81,6 +81,11 @@ def train(arguments: list[str]) -> None:
 
         asked = parse_arguments(InstructionOptions, options, prog=prog, default=InstructionOptions(run=base, out=out))
         run_instruction(asked.run, folder=asked.out, accept_changes=asked.accept_changes)
+    elif base.task.kind == "unified":
+        from qlip.recipes.unified_run import UnifiedOptions, run_unified
+
+        asked = parse_arguments(UnifiedOptions, options, prog=prog, default=UnifiedOptions(run=base, out=out))
+        run_unified(asked.run, folder=asked.out, accept_changes=asked.accept_changes)
     else:
         from qlip.recipes.run import TrainOptions, run_recipe
 
@@ -123,6 +128,7 @@ def _tokenizer_recipe(name: str, command: str) -> RunConfig:
     downstream = {
         "next_token": ("a text-to-image model over one", "docs/text_to_image.md"),
         "instruct": ("an assistant that sees through one", "docs/understanding.md"),
+        "unified": ("a model of text and of images over one", "docs/unified.md"),
     }
     if base.task.kind in downstream:
         what, page = downstream[base.task.kind]

@@ -78,25 +78,26 @@ def generate(
     device: str = "auto",
     precision: Literal["auto", "fp32", "bf16"] = "auto",
 ) -> None:
-    """Draw pictures of prompts with a text-to-image model; or all pictures of GenEval or DPG-Bench, for their scorers.
+    """Draw pictures of prompts with a text-to-image model or a UM3; or all those of GenEval or DPG-Bench, to be scored.
 
     Example: qlip generate runs/demo/text_to_image/export "a red star" "two rings" --num 4 --out pictures
 
     Args:
-        model: Folder of a text-to-image model, the export of a run.
+        model: Folder of a text-to-image model or a UM3, the export of a run.
         prompt: What the pictures should show; several prompts in quotes.
         out: Folder for the pictures, sheet.png and generation.json.
         num: Pictures of each prompt.
         seed: Another seed gives other pictures; the same gives the same ones, whatever else is drawn.
-        guidance: How much the prompt counts (classifier-free guidance); 1 is none; the model's own if not given.
+        guidance: How much the prompt counts (classifier-free guidance); 1 is none; the model's own if not given. For a
+            UM3 more than 1 is worth it only when captions were left out in training (data.caption-dropout).
         temperature: Logits are divided by it; 0 takes the most probable code; 1 if not given.
-        top_k: Draw among so many most probable codes; 0 is all; 1000 if not given.
-        top_p: Draw among the most probable codes that together reach this; 1 if not given.
+        top_k: Draw among so many most probable codes; 0 is all. If not given 1000 (LlamaGen's), 0 for a UM3.
+        top_p: Draw among the most probable codes that together reach this. If not given 1, .95 for a UM3 (QLIP's).
         batch_size: Pictures drawn together.
         benchmark: Write what the scorer of geneval or dpg reads, for the prompts of its own files.
         prompts: GenEval's evaluation_metadata.jsonl, or DPG-Bench's folder of prompts.
-        caption_encoder: Folder of the T5 encoder, if it lies elsewhere than in training.
-        preview: Keep OUT/preview.png up to date while pictures are drawn.
+        caption_encoder: Folder of the T5 encoder, if it lies elsewhere than in training. A UM3 has none.
+        preview: Keep OUT/preview.png up to date while pictures are drawn; not with a UM3.
         device: auto, cpu, cuda, ...
         precision: What the model computes in; auto is bf16 on GPUs that have it, fp32 elsewhere.
     """

@@ -75,7 +75,7 @@ def test_a_recipes_help_lists_its_fields(qlip):
     [
         (["reconstrukt"], "command 'reconstrukt' is unknown: did you mean 'reconstruct'?"),
         (["data", "scene", "out"], "command 'data scene' is unknown: did you mean 'data scenes'?"),
-        (["xyzzy"], "command 'xyzzy' is unknown: known: ask, balance, check"),
+        (["xyzzy"], "command 'xyzzy' is unknown: known: ask, balance, caption, check"),
         (["train", "scenes_tinny"], "recipe 'scenes_tinny' is unknown: did you mean 'scenes_tiny'?"),
         (["train", "scenes_tiny", "--trainer.step", "3"], "option --trainer.step is unknown: did you mean '--trainer."),
         (["eval", "m", "--data", "d", "--max-sample", "3"], "option --max-sample is unknown: did you mean '--max-samp"),
@@ -84,6 +84,9 @@ def test_a_recipes_help_lists_its_fields(qlip):
         (["data", "scenes", "out", "--num", "5", "--split", "validation"], "validation"),
         (["doctor", "please"], "too many arguments: please"),
         (["train", "scenes_tiny"], "no training data: add --data.train"),
+        (["train", "um3_1_5b"], "no model to start from: add --init FOLDER"),
+        (["check", "um3_1_5b"], "um3_1_5b trains a model of text and of images over one: docs/unified.md"),
+        (["balance", "scenes_um3_tiny"], "`qlip balance` knows recipes of tokenizers"),
         (["export", "nowhere", "out"], "nowhere is not a model folder: there is nothing at that path"),
     ],
 )

@@ -18,6 +18,7 @@ from qlip.recipes import find_recipe
 from qlip.recipes.generation_run import GenerationOptions, GenerationRunConfig
 from qlip.recipes.instruction_run import InstructionOptions, InstructionRunConfig
 from qlip.recipes.run import RunConfig, TrainOptions
+from qlip.recipes.unified_run import UnifiedOptions, UnifiedRunConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -55,6 +56,7 @@ TRAINED = {
     RunConfig: TrainOptions,
     GenerationRunConfig: GenerationOptions,
     InstructionRunConfig: InstructionOptions,
+    UnifiedRunConfig: UnifiedOptions,
 }
 OF_A_RECIPE = {  # command -> its options, with the recipe's values as defaults
     "train": lambda run: TRAINED[type(run)](run=run, out=Path("run")),

@@ -15,7 +15,8 @@ from qlip.core.log import console
 
 PACKAGES = ("qlip", "torch", "torchvision", "transformers", "safetensors", "timm", "pillow", "pyarrow", "torchdata")
 EXTRAS = {
-    "eval": ("torch_fidelity", "lpips"),
+    "eval": ("torch_fidelity", "lpips", "lm_eval"),
+    "captions": ("pycocoevalcap",),
     "baselines": ("diffusers", "sentencepiece"),
     "lora": ("peft",),
     "app": ("gradio",),

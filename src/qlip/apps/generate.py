@@ -1,11 +1,14 @@
 """`qlip generate`: prompts -> pictures and a sheet, or the folders that GenEval and DPG-Bench read.
 
+The model is a text-to-image model or a UM3; both draw a picture from its own prompt and seed alone.
+
 OUT/<prompt>_0.png ...   OUT/sheet.png (a row for each prompt)   OUT/generation.json (settings, file, prompt, seed)
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,11 +30,13 @@ from qlip.evals.dpg_bench import write_dpg
 from qlip.evals.geneval import write_geneval
 from qlip.models.caption_encoder import cleaned_prompt
 from qlip.models.generator import Generator, open_generator
+from qlip.models.image_tokenizer import ImageTokenizer
 from qlip.models.sampling import SamplingConfig
+from qlip.models.unified_model import Unified, WritingSettings, is_unified, open_unified
 
 Benchmark = Literal["geneval", "dpg"]
 Precision = Literal["auto", "fp32", "bf16"]
-"""What the generator computes in: auto is bfloat16 on GPUs that have it, float32 elsewhere."""
+"""What the model computes in: auto is bfloat16 on GPUs that have it, float32 elsewhere."""
 SHEET_SIDE = 256  # pixels that a picture of a sheet is enlarged to, in whole steps
 TEXT_HEIGHT = 22  # pixels of a prompt's line above its row
 MOST_PIXELS = 30_000_000  # of a sheet; pictures of a larger one are enlarged less
@@ -69,7 +74,7 @@ def generate_pictures(
             raise UserError(f"{name} is {value}: give at least 1")
     texts = [cleaned_prompt(prompt) for prompt in prompts]
     generator = _open(model, sampling, device=device, precision=precision, caption_encoder=caption_encoder)
-    _warn(generator, texts)
+    _read_before(generator, texts, preview=preview)
     make_writable(out)
     asked = [
         (text, picture_seed(seed, prompt_index=0, sample_index=index), f"{stem}_{index}.png")
@@ -86,7 +91,7 @@ def generate_pictures(
     }
     _begin(out / "generation.json", record)
     left = [entry for entry in asked if not is_whole_png(out / entry[2])]
-    tokens = generator.model.config.num_tokens
+    tokens = math.prod(generator.model.config.grid)
     with progress("generate", len(asked) * tokens, start=(len(asked) - len(left)) * tokens, unit="tokens") as bar:
         for first in range(0, len(left), batch_size):
             batch = left[first : first + batch_size]
@@ -165,25 +170,62 @@ def generate_benchmark(
     )
 
 
+def dtype_of(precision: Precision, device: torch.device) -> torch.dtype:
+    """What `--precision` means there."""
+    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda" and has_fast_bf16(device))
+    return torch.bfloat16 if bf16 else torch.float32
+
+
 def _open(
     model: Path, sampling: dict[str, float | None], *, device: str, precision: Precision, caption_encoder: str
-) -> Generator:
-    """The generator on its device, with the model's own guidance unless told."""
+) -> Generator | Unified:
+    """The model on its device, with its own guidance and the other defaults of its kind unless told."""
     place = pick_device(device)
     given: dict[str, Any] = {name: value for name, value in sampling.items() if value is not None}
     SamplingConfig(**given).check()
-    generator = open_generator(model, caption_encoder=caption_encoder)
-    generator.settings = SamplingConfig(**({"guidance": generator.model.config.guidance} | given))
-    bf16 = precision == "bf16" or (precision == "auto" and place.type == "cuda" and has_fast_bf16(place))
-    generator.to(place, dtype=torch.bfloat16 if bf16 else None)
+    generator: Generator | Unified
+    if is_unified(model) or is_unified(model / "export"):  # of a run, which `open_unified` refuses with its export
+        if caption_encoder:
+            raise UserError(f"--caption-encoder: {model} is a UM3, which reads prompts itself: leave it out")
+        generator = open_unified(model)
+        generator.settings = WritingSettings(**({"guidance": generator.model.config.guidance} | given))
+    else:
+        generator = open_generator(model, caption_encoder=caption_encoder)
+        generator.settings = SamplingConfig(**({"guidance": generator.model.config.guidance} | given))
+    generator.to(place, dtype=dtype_of(precision, place))
     return generator
+
+
+def _image_tokenizer(generator: Generator | Unified) -> ImageTokenizer:
+    return generator.tokenizer if isinstance(generator, Generator) else generator.processor.image_tokenizer
+
+
+def _read_before(generator: Generator | Unified, texts: list[str], *, preview: bool) -> None:
+    """Say what has no effect or is not read; raise `UserError` for a prompt that leaves a UM3 no room for a picture."""
+    if isinstance(generator, Generator):
+        _warn(generator, texts)
+        return
+    if preview:
+        console.print("--preview has no effect: a UM3 shows its pictures when they are done")
+    room = generator.context_length - generator.processor.vocabulary.image_length - 1  # the marker that begins it
+    for text in texts:
+        length = len(generator.processor.encode([text]))
+        if length > room:
+            raise UserError(
+                f"the prompt {_shown(text)!r} has {length} tokens, and beside a picture there is room for {room}: "
+                "shorten it"
+            )
+
+
+def _shown(text: str) -> str:
+    return text if len(text) <= LONGEST_STEM else f"{text[:LONGEST_STEM]}..."
 
 
 def _warn(generator: Generator, texts: list[str]) -> None:
     """Say which prompts the model reads in part only."""
     for text in texts:
         cut = generator.captions.num_cut(text)
-        shown = text if len(text) <= LONGEST_STEM else f"{text[:LONGEST_STEM]}..."
+        shown = _shown(text)
         if cut:
             console.print(
                 f"{shown!r}: the last {cut} of its tokens are not read, the model takes {generator.captions.length}"
@@ -193,7 +235,7 @@ def _warn(generator: Generator, texts: list[str]) -> None:
 
 
 def _draw(
-    generator: Generator,
+    generator: Generator | Unified,
     batch: Sequence[tuple[str, int, str]],
     out: Path,
     *,
@@ -202,15 +244,15 @@ def _draw(
     preview: bool,
 ) -> Tensor:
     """Pictures (b, 3, S, S) uint8 of one batch, on the CPU."""
-    columns = generator.model.config.grid[1]
+    columns, tokenizer = generator.model.config.grid[1], _image_tokenizer(generator)
 
     def report(done: int, bits: Tensor) -> None:
         bar.update(before + done * len(batch))
-        if preview and done % columns == 0:
-            save_png(out / "preview.png", tiled(generator.tokenizer.decode(bits).cpu(), columns=len(bits)))
+        if preview and isinstance(generator, Generator) and done % columns == 0:
+            save_png(out / "preview.png", tiled(tokenizer.decode(bits).cpu(), columns=len(bits)))
 
     bits = generator.bits([text for text, _, _ in batch], seeds=[seed for _, seed, _ in batch], on_tokens=report)
-    return generator.tokenizer.decode(bits).cpu()
+    return tokenizer.decode(bits).cpu()
 
 
 def _stems(texts: list[str]) -> list[str]:

@@ -1,6 +1,8 @@
 """What evaluation harnesses find through qlip's entry points; importing it imports neither torch nor a harness.
 
 lmms-eval --model qlip_llava --model_args pretrained=FOLDER --tasks pope
+
+lm-eval's entry point names its class itself (`lm_harness.py`), since that harness imports it when a user names it.
 """
 
 from __future__ import annotations

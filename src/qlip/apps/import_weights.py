@@ -1,4 +1,4 @@
-"""`qlip import KIND SRC OUT`: a model folder from weights of others, and a report of every tensor."""
+"""`qlip import eva SRC OUT`: a model folder from weights of others, and a report of every tensor."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from qlip.core.errors import UserError, nearest_name
 from qlip.core.log import console
@@ -15,18 +16,30 @@ from qlip.models.qlip.eva_sizes import EvaImportConfig
 from qlip.models.qlip.loading import save_model
 from qlip.models.qlip.processing import QLIPProcessor
 
-KINDS = ("eva",)
+KINDS = ("eva", "llama")
 REPORT_NAME = "import_report.json"
 LAYER = re.compile(r"\b(layers|blocks|resblocks)\.(\d+)")
 
 
-def import_weights(kind: str, src: Path, out: Path, *, text_from: Path | None = None, config: EvaImportConfig) -> None:
-    """Import, write OUT whole or not at all, print the report and keep it in OUT/import_report.json.
+def options_of(kind: str, options: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Of the options of each kind, None where not given: those of `kind` that were given.
 
-    Raises `UserError` for an unknown kind, an unfit file and an OUT that is not ours or holds the files to be read.
+    Raises `UserError` for an unknown kind, and for an option that only another kind has.
     """
     if kind not in KINDS:
         raise UserError(f"kind {kind!r} is unknown: {nearest_name(kind, KINDS)}")
+    for other, named in options.items():
+        for name, value in named.items():
+            if value is not None and name not in options[kind]:
+                raise UserError(f"--{name.replace('_', '-')} is for `qlip import {other}`: leave it out for {kind}")
+    return {name: value for name, value in options[kind].items() if value is not None}
+
+
+def import_eva_weights(src: Path, out: Path, *, text_from: Path | None = None, config: EvaImportConfig) -> None:
+    """Import, write OUT whole or not at all, print the report and keep it in OUT/import_report.json.
+
+    Raises `UserError` for an unfit file and an OUT that is not ours or holds the files to be read.
+    """
     sources = [src] if text_from is None else [src, text_from]
     for path in sources:
         if out.resolve() in path.resolve().parents:
@@ -39,7 +52,7 @@ def import_weights(kind: str, src: Path, out: Path, *, text_from: Path | None = 
     text_config = model.config.text_config
     processor = QLIPProcessor.for_size(config.image_size, context_length=text_config.max_position_embeddings)
     save_model(model, folder=out, processor=processor, step=0)
-    record = {"kind": kind, "files": [path.name for path in sources], "options": asdict(config), **asdict(report)}
+    record = {"kind": "eva", "files": [path.name for path in sources], "options": asdict(config), **asdict(report)}
     (out / REPORT_NAME).write_text(json.dumps(record, indent=1) + "\n")
     for line in report_lines(report):
         say(line)

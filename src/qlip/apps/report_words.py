@@ -84,6 +84,21 @@ FIGURES = {
             ("_adversarial", ", absent things that often go with what is there"),
         )
     },
+    **{
+        f"bleu_{n}": Words("of 100", "higher", f"Runs of up to {n} words that people's captions of the picture have.")
+        for n in (1, 2, 3, 4)
+    },
+    "meteor": Words("of 100", "higher", "Words that people's captions have, synonyms and stems too, in their order."),
+    "rouge_l": Words("of 100", "higher", "Longest common run of words with a person's caption, gaps allowed."),
+    "cider": Words("of 1000", "higher", "Runs of words shared with people's captions; rare ones weigh more."),
+    "parsed": Words("share", "higher", "Captions that are in the language of scenes at all."),
+    "objects": Words("share", "higher", "Captions that name all shapes of the scene, and no others."),
+    "colours": Words("share", "higher", "Captions that name all shapes, each in its colour."),
+    "counts": Words("share", "higher", "Captions that name as many objects as there are."),
+    "all": Words("share", "higher", "Captions that say all there is, rightly: sizes, places and background too."),
+    "perplexity": Words("", "lower", "Tokens of a story between which the model is as if undecided; 1 is certain."),
+    "bits_per_byte": Words("bits", "lower", "What a byte of the stories costs: comparable between tokenizers."),
+    "continued": Words("share", "higher", "Stories whose hero has its right colour in the model's own last sentence."),
     "f1_mean": Words("share", "higher", "Mean F1 over POPE's three categories, as LLaVA-1.5 reports it."),
     **{
         f"{kind}_{position}": Words("share", "higher", f"{said} {where}.")

@@ -6,6 +6,8 @@ source. So the next sample comes from source k with probability
     factor_k * shards_k / sum_j factor_j * shards_j
 
 and equal factors draw shards of equal size as often as if they were one source.
+
+Mixing texts with pairs of picture and caption for one autoregressive model is another file's matter: `mixing.py`.
 """
 
 from __future__ import annotations

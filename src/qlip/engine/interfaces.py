@@ -25,7 +25,7 @@ padding that every metric drops."""
 
 @dataclass(kw_only=True, slots=True)
 class OptimizerConfig:
-    """One optimizer and its schedule: linear warm-up, then cosine to zero over the run's steps."""
+    """One optimizer and its schedule: linear warm-up, then a cosine over the run's steps."""
 
     name: str = "adamw"
     """`adamw`, or `lamb` (NVIDIA's variant with global gradient clipping to 1 inside, as timm has it)."""
@@ -41,6 +41,8 @@ class OptimizerConfig:
     """Decoupled; never on biases, norms, position tables, CLS, logit_scale or anything of at most one dimension."""
     warmup_steps: int = 2000
     """Linear warm-up (step + 1) / warmup_steps."""
+    final_lr_share: float = 0.0
+    """Share of the peak rate at which the cosine ends."""
     clip_norm: float = 5.0
     """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
 

@@ -63,12 +63,12 @@ def build_optimizer(
     raise UserError(f"optimizer {config.name!r} is unknown: {nearest_name(config.name, OPTIMIZERS)}")
 
 
-def schedule_factor(step: int, *, warmup_steps: int, total_steps: int) -> float:
-    """Share of the peak rate at a step: linear ``(step + 1) / warmup``, then cosine to 0 at the end."""
+def schedule_factor(step: int, *, warmup_steps: int, total_steps: int, final_share: float = 0.0) -> float:
+    """Share of the peak rate at a step: linear ``(step + 1) / warmup``, then cosine to `final_share` at the end."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     done = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-    return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+    return final_share + (1 - final_share) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -181,7 +181,12 @@ class Trainer:
         terms |= {"loss": total_loss(terms), "grad_norm": grad_norm}
         place = StepPlace(step=self.step, phase=phase.name, folder=self.folder, device=self.device)
         allowed = self.guard.allows(terms, batches=batches, modules=self.modules, place=place)
-        factor = schedule_factor(self.step, warmup_steps=settings.warmup_steps, total_steps=self.config.steps)
+        factor = schedule_factor(
+            self.step,
+            warmup_steps=settings.warmup_steps,
+            total_steps=self.config.steps,
+            final_share=settings.final_lr_share,
+        )
         if allowed:
             set_learning_rates(optimizer, factor)
             optimizer.step()

@@ -17,6 +17,8 @@ from rich.table import Table
 
 from qlip.core.errors import UserError
 from qlip.core.log import console
+from qlip.evals.directions import OWN
+from qlip.evals.directions import direction as direction
 
 BLOCKING = (  # a card's keys that begin so, in the order in which they are named
     *("protocol", "preparation", "protocol_settings", "image_size", "antialias", "count", "complete"),
@@ -24,23 +26,12 @@ BLOCKING = (  # a card's keys that begin so, in the order in which they are name
     *("class_names_sha256", "labels_sha256", "num_classes"),
     *("templates", "colour_templates", "captions_sha256", "num_captions", "ties", "scenes"),
     *("train_", "selection", "left_out", "prompts_sha256", "clip_", "seeds"),
-    *("questions_sha256", "truths_sha256", "answer_rule", "normalisation", "decoding", "categories"),
+    *("questions_sha256", "truths_sha256", "scorer", "answer_rule", "normalisation", "decoding", "categories"),
 )
 NOTED = (
     *("dtype", "device", "ranks", "batch_size", "versions", "git_commit", "chat_template_sha256"),
-    *("data", "skipped", "encoder_network", "encoder_fingerprint", "sampling", "generated_size"),
+    *("text_tokens_sha256", "data", "skipped", "encoder_network", "encoder_fingerprint", "sampling", "generated_size"),
 )
-HIGHER = (
-    *("psnr", "ssim", "bit_entropy", "balanced_bits", "distinct_token_share"),
-    *("top1", "top5", "top1_seen_pairs", "top1_unseen_pairs", "colour_top1", "shape_top1", "mean_class"),
-    *("clip_cosine", "clipscore", "overall"),
-    *("single_object", "two_object", "counting", "colors", "position", "color_attr"),
-    *("accuracy", "precision", "recall", "f1", "vqa_accuracy", "answered"),
-)
-HIGHER_FAMILIES = ("image_to_text_", "text_to_image_", "linear_", "knn_", "accuracy_", "precision_", "recall_", "f1_")
-LOWER = ("rfid", "gfid", "lpips_alex", "lpips_vgg", "encoder_distance", "fd_encoder", "fd_clip")
-OWN_ENCODER = ("encoder_distance", "fd_encoder")
-"""Measured in the encoder of the model itself: another model's are measured in another network."""
 BASELINE = "_baseline"
 DASH = "\N{EN DASH}"
 SHOWN = 40
@@ -173,13 +164,6 @@ def _shorten(value: Any) -> str:
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
 
 
-def direction(figure: str) -> str:
-    """`higher` or `lower`, whichever is better; empty for a figure of which neither is."""
-    if figure in LOWER:
-        return "lower"
-    return "higher" if figure in HIGHER or figure.startswith(HIGHER_FAMILIES) else ""
-
-
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Pair:
     """One evaluation in both files."""
@@ -257,14 +241,14 @@ def _print_pair(pair: Pair) -> None:
     for column in ("A", "B", "difference"):
         table.add_column(column, justify="right")
     table.add_column("better?")
-    other_encoder = card_a.get("encoder_fingerprint") != card_b.get("encoder_fingerprint")
     for name in {**pair.a["figures"], **pair.b["figures"]}:
         if name.endswith(BASELINE):
             continue
         value_a, value_b = pair.a["figures"].get(name), pair.b["figures"].get(name)
         better = _better(name, value_a, value_b)
-        if name in OWN_ENCODER and other_encoder and better:
-            better = "other encoder"  # each in its own network: their difference says nothing
+        key, other = OWN.get(name, ("", ""))
+        if key and card_a.get(key) != card_b.get(key) and better:
+            better = other  # each in its own unit: their difference says nothing
         table.add_row(escape(_shorten(name)), _value(value_a), _value(value_b), _difference(value_a, value_b), better)
     console.print(table)
     if pair.differences.notes:

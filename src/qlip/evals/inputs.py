@@ -175,7 +175,10 @@ def require_ability(model: MeasuredModel, ability: Ability, protocol: Protocol) 
     """Raise `UserError` when the model cannot do what the protocol measures."""
     if ability not in model.abilities:
         what = {"reconstruct": "has no decoder", "match_text": "scores no texts", "features": "gives no features"}
-        raise UserError(f"a {model.name} {what[ability]}: leave {protocol.name} out of --evals")
+        what |= {"caption": "writes no captions", "continue": "continues no texts"}
+        unified = ", or give a unified model (the export of `qlip train scenes_um3_tiny`)"
+        other = unified if ability in ("caption", "continue") else ""
+        raise UserError(f"a {model.name} {what[ability]}: leave {protocol.name} out of --evals{other}")
 
 
 def objects_of_scene(item: Item) -> list[dict[str, Any]]:

@@ -1,9 +1,11 @@
-"""What a protocol may choose for each kind of evaluation: settings as data, every field said with its effect."""
+"""What a protocol is and what it may choose for each kind of evaluation: data, every field said with its effect."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from qlip.core.config import to_json
 
 Position = Literal["cls", "mean", "cls+mean"]
 
@@ -140,3 +142,107 @@ class ScenePromptSettings:
     """Scenes of the data, the first so many, that chance is worked out with."""
     seed: int = 0
     """Of prompts and pictures."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class CaptionSettings:
+    """One caption of each picture, against those that people wrote, as COCO's caption evaluation does."""
+
+    temperature: float = 1.0
+    """Logits are divided by it; 0 is greedy. The default and `top_p` are the paper's (Table 9)."""
+    top_p: float = 0.95
+    """Only the most probable ids that together reach this probability can be drawn."""
+    max_new_tokens: int = 64
+    """Longer captions are cut."""
+    seed: int = 0
+    """Of what is drawn."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class SceneCaptionSettings:
+    """One greedy caption of each scene, read back by `evals/scene_sentences.py`."""
+
+    max_new_tokens: int = 128
+    """Longer captions are cut."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class StorySettings:
+    """Likelihood of the scenes' stories, and the colour that their last sentence says continued greedily."""
+
+    max_new_tokens: int = 8
+    """In which the colour must be said."""
+
+
+Kind = Literal[
+    "reconstruction",
+    "zero_shot",
+    "retrieval",
+    "linear_probe",
+    "knn",
+    "text_to_image",
+    "scene_prompts",
+    "questions",
+    "captions",
+    "scene_captions",
+    "stories",
+]
+Settings = (
+    ReconstructionSettings
+    | ZeroShotSettings
+    | RetrievalSettings
+    | LinearProbeSettings
+    | KnnSettings
+    | TextToImageSettings
+    | ScenePromptSettings
+    | QuestionSettings
+    | CaptionSettings
+    | SceneCaptionSettings
+    | StorySettings
+)
+KINDS: dict[type, Kind] = {
+    ReconstructionSettings: "reconstruction",
+    ZeroShotSettings: "zero_shot",
+    RetrievalSettings: "retrieval",
+    LinearProbeSettings: "linear_probe",
+    KnnSettings: "knn",
+    TextToImageSettings: "text_to_image",
+    ScenePromptSettings: "scene_prompts",
+    QuestionSettings: "questions",
+    CaptionSettings: "captions",
+    SceneCaptionSettings: "scene_captions",
+    StorySettings: "stories",
+}
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Protocol:
+    """What a figure means."""
+
+    name: str
+    """Ends in a version."""
+    summary: str
+    """One sentence."""
+    settings: Settings
+    """Of the kind of evaluation."""
+    preparation: Preparation = field(default_factory=Preparation)
+    """Of every picture."""
+    count: int = 0
+    """Pictures of the full data set; a result on fewer is marked as incomplete. 0 takes any number."""
+    num_classes: int = 0
+    """Classes that the data must have; 0 takes any number."""
+    split: str = ""
+    """Split that Karpathy's json must be read with; empty takes any."""
+
+    @property
+    def kind(self) -> Kind:
+        """Which evaluation it is."""
+        return KINDS[type(self.settings)]
+
+    def card(self) -> dict[str, Any]:
+        """What a result says of it."""
+        return {
+            "protocol": self.name,
+            "preparation": to_json(self.preparation),
+            "protocol_settings": to_json(self.settings),
+        }

@@ -7,23 +7,23 @@ sources (BSQ-ViT, EVA-CLIP, DINO) and, where they quarrel, one protocol for each
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
-
 from rich.table import Table
 
-from qlip.core.config import to_json
 from qlip.core.errors import UserError, nearest_name
 from qlip.core.log import console
 from qlip.evals.protocol_settings import (
     SHORT_ANSWER,
+    CaptionSettings,
     KnnSettings,
     LinearProbeSettings,
     Preparation,
+    Protocol,
     QuestionSettings,
     ReconstructionSettings,
     RetrievalSettings,
+    SceneCaptionSettings,
     ScenePromptSettings,
+    StorySettings,
     TextToImageSettings,
     ZeroShotSettings,
 )
@@ -31,70 +31,7 @@ from qlip.evals.protocol_settings import (
     Position as Position,
 )
 
-Kind = Literal[
-    "reconstruction",
-    "zero_shot",
-    "retrieval",
-    "linear_probe",
-    "knn",
-    "text_to_image",
-    "scene_prompts",
-    "questions",
-]
 IMAGENET_VAL, IMAGENET_CLASSES = 50_000, 1000
-Settings = (
-    ReconstructionSettings
-    | ZeroShotSettings
-    | RetrievalSettings
-    | LinearProbeSettings
-    | KnnSettings
-    | TextToImageSettings
-    | ScenePromptSettings
-    | QuestionSettings
-)
-KINDS: dict[type, Kind] = {
-    ReconstructionSettings: "reconstruction",
-    ZeroShotSettings: "zero_shot",
-    RetrievalSettings: "retrieval",
-    LinearProbeSettings: "linear_probe",
-    KnnSettings: "knn",
-    TextToImageSettings: "text_to_image",
-    ScenePromptSettings: "scene_prompts",
-    QuestionSettings: "questions",
-}
-
-
-@dataclass(kw_only=True, slots=True, frozen=True)
-class Protocol:
-    """What a figure means."""
-
-    name: str
-    """Ends in a version."""
-    summary: str
-    """One sentence."""
-    settings: Settings
-    """Of the kind of evaluation."""
-    preparation: Preparation = field(default_factory=Preparation)
-    """Of every picture."""
-    count: int = 0
-    """Pictures of the full data set; a result on fewer is marked as incomplete. 0 takes any number."""
-    num_classes: int = 0
-    """Classes that the data must have; 0 takes any number."""
-    split: str = ""
-    """Split that Karpathy's json must be read with; empty takes any."""
-
-    @property
-    def kind(self) -> Kind:
-        """Which evaluation it is."""
-        return KINDS[type(self.settings)]
-
-    def card(self) -> dict[str, Any]:
-        """What a result says of it."""
-        return {
-            "protocol": self.name,
-            "preparation": to_json(self.preparation),
-            "protocol_settings": to_json(self.settings),
-        }
 
 
 def _reconstruction(size: int, filter: str, *, count: int = IMAGENET_VAL) -> Protocol:
@@ -254,11 +191,36 @@ ALL = (
         summary="The same questions answered and written for a benchmark's own scorer or server, not scored.",
         settings=QuestionSettings(scorer="none", suffix=SHORT_ANSWER),
     ),
+    Protocol(
+        name="coco-captions-v1",
+        summary="COCO Karpathy test, a sampled caption each (Table 9): BLEU-4, METEOR, CIDEr x 100. Needs Java.",
+        settings=CaptionSettings(),
+        count=5000,
+        split="test",
+    ),
+    Protocol(
+        name="coco-captions-greedy-v1",
+        summary="The same with the most probable token at every place.",
+        settings=CaptionSettings(temperature=0.0),
+        count=5000,
+        split="test",
+    ),
+    Protocol(
+        name="scenes-captions-v1",
+        summary="Greedy captions of scenes, read back: shares of objects, colours and counts that are right.",
+        settings=SceneCaptionSettings(),
+    ),
+    Protocol(
+        name="scenes-stories-v1",
+        summary="Stories of scenes: perplexity, bits per byte, and the last colour of the hero continued greedily.",
+        settings=StorySettings(),
+    ),
 )
 PROTOCOLS = {protocol.name: protocol for protocol in ALL}
 SCENES = ("scenes-reconstruction-v1", "scenes-zeroshot-v1")
 SCENES_GENERATED = ("scenes-geneval-v1",)
 SCENES_ASKED = ("scenes-questions-v1",)
+SCENES_UNIFIED = ("scenes-captions-v1", "scenes-stories-v1", "scenes-geneval-v1")
 
 
 def find_protocol(name: str) -> Protocol:

@@ -4,6 +4,7 @@ OUT/results.json            every finished protocol of the model, earlier ones t
 OUT/<protocol>.csv          a row per picture, for reconstructions
 OUT/<protocol>_worst.png    the twenty pictures of the lowest PSNR
 OUT/<protocol>_answers.jsonl  answers to questions, in LLaVA's form
+OUT/<protocol>_captions.json  captions, in COCO's results form
 OUT/.parts                  what a stopped evaluation goes on from; its own go when all is finished
 OUT/features                what probes learn from, kept for the next run
 """
@@ -26,6 +27,7 @@ from qlip.data.sources import open_source
 from qlip.engine.parallel import pick_device
 from qlip.engine.run_folder import make_writable
 from qlip.evals import protocols
+from qlip.evals.captioning import CaptionEvaluator
 from qlip.evals.compare import read_results
 from qlip.evals.generation_networks import IN_CLIP
 from qlip.evals.inputs import EvalInput
@@ -38,8 +40,10 @@ from qlip.evals.questions import QuestionEvaluator
 from qlip.evals.reconstruction import ReconstructionEvaluator
 from qlip.evals.results import write_results
 from qlip.evals.retrieval import RetrievalEvaluator
+from qlip.evals.scene_captions import SceneCaptionEvaluator
 from qlip.evals.scene_generation import SceneGenerationEvaluator
 from qlip.evals.scene_zero_shot import SceneZeroShotEvaluator
+from qlip.evals.stories import StoryEvaluator
 from qlip.evals.text_to_image import TextToImageEvaluator
 from qlip.evals.zero_shot import ZeroShotEvaluator
 from qlip.models.assistant import is_assistant, open_assistant
@@ -48,6 +52,7 @@ from qlip.models.measured import MeasuredModel, MeasuredQLIP
 from qlip.models.opening import open_measured
 from qlip.models.qlip.modeling import QLIPModel
 from qlip.models.qlip.processing import QLIPProcessor
+from qlip.models.unified_model import is_unified, open_unified
 
 FROM_OUTSIDE = ("rfid", "lpips_alex", "lpips_vgg", "gfid")
 LEFT_OUT = (*FROM_OUTSIDE, *IN_CLIP)
@@ -166,12 +171,14 @@ def default_evals(model: str | Path) -> tuple[str, ...]:
     """The protocols on scenes that fit a model."""
     if is_assistant(model):
         return protocols.SCENES_ASKED
+    if is_unified(model):
+        return protocols.SCENES_UNIFIED
     return protocols.SCENES_GENERATED if is_generator(model) else protocols.SCENES
 
 
 def default_batch_size(model: str | Path) -> int:
-    """Pictures per forward pass, or questions that an assistant answers together: each holds a context in memory."""
-    return 8 if is_assistant(model) else 100
+    """Pictures per forward pass; questions or pictures that are written for together hold a context each in memory."""
+    return 8 if is_assistant(model) else 32 if is_unified(model) else 100
 
 
 def build_evaluator(name: str, data: EvalInput, *, clip: Path | None = None) -> MeasuredEvaluator:
@@ -191,6 +198,9 @@ def build_evaluator(name: str, data: EvalInput, *, clip: Path | None = None) -> 
         "text_to_image": partial(TextToImageEvaluator, clip=clip),
         "scene_prompts": SceneGenerationEvaluator,
         "questions": QuestionEvaluator,
+        "captions": CaptionEvaluator,
+        "scene_captions": SceneCaptionEvaluator,
+        "stories": StoryEvaluator,
     }
     return kinds[protocol.kind](protocol, data)
 
@@ -220,11 +230,15 @@ def run_evals(model: Path | str, request: EvalRequest, *, device: str = "auto") 
 
 
 def _opened(model: Path | str, caption_encoder: str) -> MeasuredModel:
-    """A model to be measured, a generator or an assistant; evaluations refuse what they cannot measure."""
+    """A model to be measured, a generator, an assistant or all in one; evaluations refuse what they cannot measure."""
     if is_assistant(model):
         assistant = open_assistant(model)
         assistant.identity()  # of the weights as they were saved: a GPU computes in another dtype
         return cast(MeasuredModel, assistant)
+    if is_unified(model):
+        unified = open_unified(model)
+        unified.identity()
+        return cast(MeasuredModel, unified)
     generator = open_generator(model, caption_encoder=caption_encoder) if is_generator(model) else None
     return open_measured(model) if generator is None else cast(MeasuredModel, generator)
 
@@ -241,7 +255,7 @@ def _write(
     write_results(path, [*_earlier(path, results), *results])
     if isinstance(evaluator, ReconstructionEvaluator):
         evaluator.write_looks(folder, model, device)
-    if isinstance(evaluator, QuestionEvaluator):
+    if isinstance(evaluator, QuestionEvaluator | CaptionEvaluator | SceneCaptionEvaluator):
         evaluator.write_answers(folder)
 
 

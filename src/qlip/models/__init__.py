@@ -14,6 +14,8 @@ from qlip.models.qlip import (
     QLIPVisionConfig,
     QLIPVisionModel,
 )
+from qlip.models.unified import UM3Config, UM3ForCausalLM
+from qlip.models.unified_processor import UM3Processor
 
 __all__ = [
     "QLIPCodeTower",
@@ -28,4 +30,7 @@ __all__ = [
     "QLIPTextModel",
     "QLIPVisionConfig",
     "QLIPVisionModel",
+    "UM3Config",
+    "UM3ForCausalLM",
+    "UM3Processor",
 ]

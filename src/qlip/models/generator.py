@@ -130,7 +130,9 @@ def open_generator(
     """
     folder = Path(source)
     if not is_generator(folder):
-        raise UserError(f"{source} holds no text-to-image model: give the export of `qlip train scenes_t2i_tiny`")
+        raise UserError(
+            f"{source} holds no text-to-image model: give the export of `qlip train scenes_t2i_tiny`, or a UM3"
+        )
     read_headers(find_weight_files(folder))
 
     def load() -> tuple[Any, Mapping[str, Any]]:

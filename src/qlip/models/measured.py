@@ -23,7 +23,7 @@ from qlip.models.qlip.tokenizer import text_tokenizer
 
 NOT_THE_MODEL = ("transformers_version", "dtype", "_name_or_path", "architectures")
 PROBE_TEXTS = ("a photo of a cat", "Zwölf Boxkämpfer, 12.5 %!", "it's <|endoftext|> \N{SNOWMAN}")
-Ability = Literal["reconstruct", "match_text", "features", "generate", "answer"]
+Ability = Literal["reconstruct", "match_text", "features", "generate", "answer", "caption", "continue"]
 
 
 @dataclass(kw_only=True, slots=True)

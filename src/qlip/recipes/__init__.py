@@ -15,6 +15,7 @@ TOKENIZER = "qlip.recipes.tokenizer"
 BASELINES = "qlip.recipes.baselines"
 ABLATIONS = "qlip.recipes.ablations"
 DOWNSTREAM = "qlip.recipes.downstream"
+UNIFIED = "qlip.recipes.unified"
 RECIPES = {  # name -> (module, one line); `qlip train --help` lists them in this order
     "scenes_tiny": (SCENES, "stage 1 on procedural scenes, two CPU cores, minutes"),
     "scenes_tiny_stage2": (SCENES, "stage 2 of the same: perceptual and adversarial, frozen encoder"),
@@ -52,6 +53,9 @@ RECIPES = {  # name -> (module, one line); `qlip train --help` lists them in thi
     "llava_v15_7b_finetune": (DOWNSTREAM, "... instruction tuning"),
     "llava_v15_small_pretrain": (DOWNSTREAM, "the projector of a language model of 0.5 to 1B, one GPU"),
     "llava_v15_small_finetune": (DOWNSTREAM, "... instruction tuning"),
+    "scenes_um3_tiny": (UNIFIED, "stories, captions and drawings of scenes with one model, two CPU cores, minutes"),
+    "um3_1_5b": (UNIFIED, "UM3 of Llama-3.2-1B over documents and QLIP-B-16-256's tokens: 64 GPUs, sharded"),
+    "um3_1_5b_small": (UNIFIED, "... for one GPU and a day"),
     "table3a_1_0": (ABLATIONS, "Table 3a, contrast to pixels 1:0; 32 GPUs, as all of Table 3"),
     "table3a_1_1": (ABLATIONS, "... 1:1"),
     "table3a_1_1e2": (ABLATIONS, "... 1:100"),

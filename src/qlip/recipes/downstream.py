@@ -127,8 +127,8 @@ def scenes_t2i_tiny() -> GenerationRunConfig:
 def llava_v15_7b_pretrain() -> InstructionRunConfig:
     """LLaVA-1.5's first stage with QLIP-L-14-392 and Vicuna-1.5-7B: the projector alone, on 558k captioned pictures.
 
-    Command:  torchrun --nproc-per-node 8 -m qlip.cli train llava_v15_7b_pretrain --tower QLIP_L --language-model VICUNA
-              --data.conversations blip_laion_cc_sbu_558k.json --data.images LLaVA-Pretrain
+    Command:  torchrun --nproc-per-node 8 --no-python qlip train llava_v15_7b_pretrain --tower QLIP_L
+              --language-model VICUNA --data.conversations blip_laion_cc_sbu_558k.json --data.images LLaVA-Pretrain
     Hardware: 8 GPUs of 80 GB, weights and optimizer state sharded.
     Time:     about 2 hours on 8 H100 (estimate: 2,181 steps x 256 chats of 815 tokens, at 35 % of the peak).
     Expect:   nothing to measure before the second stage. Never run here.
@@ -159,7 +159,7 @@ def llava_v15_7b_pretrain() -> InstructionRunConfig:
 def llava_v15_7b_finetune() -> InstructionRunConfig:
     """LLaVA-1.5's second stage: projector and Vicuna on 665k conversations, pictures padded to squares.
 
-    Command:  torchrun --nproc-per-node 8 -m qlip.cli train llava_v15_7b_finetune --init PRETRAIN/export
+    Command:  torchrun --nproc-per-node 8 --no-python qlip train llava_v15_7b_finetune --init PRETRAIN/export
               --data.conversations llava_v1_5_mix665k.json --data.images LLaVA-Instruct
     Hardware: 8 GPUs of 80 GB, weights and optimizer state sharded.
     Time:     about 4 hours on 8 H100 (estimate: 5,198 steps x 128 chats of 1,030 tokens, at 35 % of the peak).

@@ -55,7 +55,8 @@ class Timed:
 
 
 def sentences(num: int, *, words: int, seed: int) -> list[str]:
-    """Texts of made-up words whose frequencies are Zipf's; lengths are log-normal around the median `words`."""
+    """Texts of made-up words whose frequencies are a clipped Zipf's (the last word has the whole tail); lengths are
+    log-normal around the median `words`."""
     random = np.random.default_rng(seed)
     letters = np.array(list("etaoinshrdlucmfwyp"))
     lexicon = np.array(["".join(random.choice(letters, random.integers(2, 9))) for _ in range(20_000)])

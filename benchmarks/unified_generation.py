@@ -36,6 +36,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from qlip.apps.demo import machine
 from qlip.core.log import console
+from qlip.core.precision import cast_parameters
 from qlip.engine.parallel import autocast
 from qlip.engine.run_folder import versions
 from qlip.models.modality import SeededChoice
@@ -98,7 +99,7 @@ def plain_twin(model: UM3ForCausalLM) -> Qwen3ForCausalLM:
 
 def draw(kind: str, model: UM3ForCausalLM, twin: Qwen3ForCausalLM, prompts: Tensor) -> Tensor:
     """Prompts (b, s) -> what is written behind them (b, m)."""
-    count, rows = model.ids.image_length, len(prompts)
+    count, rows = model.vocabulary.image_length, len(prompts)
     options: dict[str, Any] = {"attention_mask": torch.ones_like(prompts), "max_new_tokens": count, "pad_token_id": 0}
     if kind == "plain":
         return twin.generate(prompts, do_sample=True, top_k=0, **options)[:, -count:]
@@ -116,12 +117,12 @@ def compare_generation(device: str, rounds: int) -> list[dict[str, Any]]:
     """A row for each batch size and kind. Raises if a picture is not one."""
     model = build(device).eval()
     if device == "cuda":
-        model = model.bfloat16()
+        cast_parameters(model, torch.bfloat16)
     twin, kinds, found = plain_twin(model), ("plain", "modality", "seeded", "guided"), []
-    bounds = torch.tensor(model.ids.place_bounds(), device=device).repeat(model.ids.num_tokens, 1)
+    bounds = torch.tensor(model.vocabulary.place_bounds(), device=device).repeat(model.vocabulary.num_tokens, 1)
     for batch in SIZES[device]["batches"]:
-        prompts = torch.randint(1, model.ids.text_size - 2, (batch, PROMPT), device=device)
-        prompts[:, -1] = model.ids.image_begin
+        prompts = torch.randint(1, model.vocabulary.text_size - 2, (batch, PROMPT), device=device)
+        prompts[:, -1] = model.vocabulary.image_begin
         rates: dict[str, list[float]] = {kind: [] for kind in kinds}
         for turn in range(rounds + 1):
             for kind in kinds:
@@ -146,11 +147,11 @@ def compare_generation(device: str, rounds: int) -> list[dict[str, Any]]:
 def packed_rows(model: UM3ForCausalLM, device: str) -> dict[str, Tensor]:
     """Text, then pictures: ids, labels and positions (b, s) of documents of one picture's length."""
     rows, length = SIZES[device]["rows"]
-    ids = torch.randint(1, model.ids.text_size - 2, (rows, length), device=device)
+    ids = torch.randint(1, model.vocabulary.text_size - 2, (rows, length), device=device)
     start = int(length * TEXT_SHARE)
-    visual = torch.randint(model.ids.text_size, model.ids.size, (rows, length - start), device=device)
+    visual = torch.randint(model.vocabulary.text_size, model.vocabulary.size, (rows, length - start), device=device)
     ids[:, start:] = visual
-    positions = torch.arange(length, device=device).remainder(model.ids.image_length + 2).expand(rows, -1)
+    positions = torch.arange(length, device=device).remainder(model.vocabulary.image_length + 2).expand(rows, -1)
     return {"input_ids": ids, "labels": ids.masked_fill(positions == 0, IGNORED), "position_ids": positions}
 
 

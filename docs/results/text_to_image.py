@@ -18,6 +18,7 @@ from typing import Any
 
 from tiny_studies import (
     TOKENIZERS,
+    ceilings,
     draw_bars,
     made_with,
     make_tokenizers,
@@ -117,24 +118,8 @@ def summarise(out: Path) -> dict[str, Any]:
                 "parameters": mine[0]["parameters"],
             }
     chance = {tag: runs[0]["figures"][f"{tag}_baseline"] for tag in (*TAGS, "overall")}
-    return {"rows": rows, "chance": chance, "ceilings": ceilings(out), **made_with(runs[0])}
-
-
-def ceilings(out: Path) -> dict[str, dict[str, float]]:
-    """What right scenes get that go through a tokenizer and back: the most that its generator can reach."""
-    from qlip.data.scenes import render
-    from qlip.evals.scene_reader import read_scenes
-    from qlip.evals.scenes import ground_truth_scenes, scene_prompts, score_scenes
-    from qlip.models.image_tokenizer import open_image_tokenizer
-
-    prompts = scene_prompts(num_per_category=200, seed=1)
-    pictures = render(ground_truth_scenes(prompts, seed=1), image_size=48)
-    found = {"pictures themselves": score_scenes(prompts, read_scenes(pictures)).shares()}
-    for name in TOKENIZERS:
-        tokenizer = open_image_tokenizer(out / name / "stage2" / "export")
-        decoded = [tokenizer.decode(tokenizer.encode(part)) for part in pictures.split(100)]
-        found[name] = score_scenes(prompts, [scene for part in decoded for scene in read_scenes(part)]).shares()
-    return found
+    most = ceilings({name: out / name / "stage2" / "export" for name in TOKENIZERS})
+    return {"rows": rows, "chance": chance, "ceilings": most, **made_with(runs[0])}
 
 
 def print_table(summary: dict[str, Any]) -> None:

@@ -46,6 +46,23 @@ def make_tokenizers(out: Path) -> None:
             run_recipe(config, folder=out / name / stage)
 
 
+def ceilings(tokenizers: dict[str, Path]) -> dict[str, dict[str, float]]:
+    """What right scenes get that go through each tokenizer and back: the most that its generator can reach."""
+    from qlip.data.scenes import render
+    from qlip.evals.scene_reader import read_scenes
+    from qlip.evals.scenes import ground_truth_scenes, scene_prompts, score_scenes
+    from qlip.models.image_tokenizer import open_image_tokenizer
+
+    prompts = scene_prompts(num_per_category=200, seed=1)
+    pictures = render(ground_truth_scenes(prompts, seed=1), image_size=48)
+    found = {"pictures themselves": score_scenes(prompts, read_scenes(pictures)).shares()}
+    for name, folder in tokenizers.items():
+        tokenizer = open_image_tokenizer(folder)
+        decoded = [tokenizer.decode(tokenizer.encode(part)) for part in pictures.split(100)]
+        found[name] = score_scenes(prompts, [scene for part in decoded for scene in read_scenes(part)]).shares()
+    return found
+
+
 def study_parser(description: str | None, *, steps: int) -> argparse.ArgumentParser:
     """What every study can be told; `steps` of training unless told otherwise."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)

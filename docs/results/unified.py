@@ -3,9 +3,10 @@
 .venv/bin/python docs/results/unified.py --out runs/um3          # trains, two hours on two cores; resumes
 .venv/bin/python docs/results/unified.py --out runs/um3 --draw   # table and plots from what is there
 
-`scenes_um3_tiny` with and without each, several seeds; then held-out scenes: stories continued, pictures captioned,
-prompts of GenEval's six kinds drawn. Without calm-down the shares are those of its end from the first step on. Writes
-unified.json, unified.svg and unified.png beside this file; unified.md says what they show.
+`scenes_um3_tiny` with and without each for a quarter of its steps, several seeds; then held-out scenes: stories
+continued, pictures captioned, prompts of GenEval's six kinds drawn. Without calm-down the shares are those of its end
+from the first step on. Writes unified.json, unified.svg, unified_losses.svg and unified.png beside this file, of which
+unified.md says what they show.
 """
 
 from __future__ import annotations
@@ -15,7 +16,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tiny_studies import draw_bars, made_with, make_scenes, read_runs, spread, study_parser, train_in_processes
+from tiny_studies import (
+    ceilings,
+    draw_bars,
+    made_with,
+    make_scenes,
+    read_runs,
+    spread,
+    study_parser,
+    train_in_processes,
+)
 
 SETTINGS = {  # name -> (calm-down, softmax)
     "um3": (True, "separate"),
@@ -119,7 +129,8 @@ def summarise(out: Path) -> dict[str, Any]:
             }
     given = runs[0]["figures"]
     chance = {name: given[f"{name}_baseline"] for name in figures if f"{name}_baseline" in given}
-    return {"rows": rows, "chance": chance, **made_with(runs[0])}
+    ceiling = ceilings({"tokenizer": out / "tokenizer" / "export"})["tokenizer"]
+    return {"rows": rows, "chance": chance, "right_scenes_through_the_tokenizer": ceiling, **made_with(runs[0])}
 
 
 def print_tables(summary: dict[str, Any]) -> None:
@@ -137,6 +148,9 @@ def print_tables(summary: dict[str, Any]) -> None:
     cells = [f"{chance['perplexity']:.1f}", f"{chance['bits_per_byte']:.3f}"]
     cells += [f"{100 * chance[figure]:.1f}" for figure in shares]
     print("| chance | " + " | ".join(cells) + " | |")
+    most = summary["right_scenes_through_the_tokenizer"]
+    cells = [f"{100 * most[figure]:.1f}" if figure in most else "" for figure in shares]
+    print("| right scenes through the tokenizer and back | | | " + " | ".join(cells) + " | |")
 
 
 def draw(summary: dict[str, Any], out: Path) -> None:
@@ -159,6 +173,7 @@ def draw_curves(path: Path, summary: dict[str, Any]) -> None:
     }
     figure = Figure(figsize=(10, 2.8), layout="constrained")
     for axes, (key, title) in zip(figure.subplots(1, len(names)), names.items(), strict=True):
+        lowest = min(value for row in summary["rows"].values() for _, value in row["curves_of_seed_0"][key])
         for place, (name, row) in enumerate(summary["rows"].items()):
             steps, values = zip(*row["curves_of_seed_0"][key], strict=True)
             label = TITLES[name] if key == "text_share" else None
@@ -167,7 +182,7 @@ def draw_curves(path: Path, summary: dict[str, Any]) -> None:
         axes.set_xlabel("step")
         axes.spines[["top", "right"]].set_visible(False)
         if key != "text_share":
-            axes.set_ylim(min(values) * 0.9, min(values) * 2)
+            axes.set_ylim(lowest * 0.95, lowest * 1.6)
     figure.legend(frameon=False, fontsize=8, ncols=4, loc="outside upper center")
     figure.savefig(path, metadata={"Date": None})
 

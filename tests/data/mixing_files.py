@@ -48,7 +48,7 @@ def write_store(folder: Path, *, rows: int = 12, name: str = "t", captions: bool
     ]
     with TokenWriter(folder / "00000.parquet", info, row_group_rows=24) as writer:
         keys = [f"{name}{number}" for number in range(rows)]
-        found = texts if captions else [()] * rows
+        found: list[tuple[str, ...]] = texts if captions else [()] * rows
         writer.write(TokenRows(keys=keys, packed=pack_bits(bits), captions=found, sizes=[None] * rows))
     return str(folder)
 

@@ -30,6 +30,7 @@ from qlip.core.errors import UserError
 from qlip.data import document_sources
 from qlip.data.mixing import MixDataConfig, mixing_ratio
 from qlip.data.packing import IMAGE_TO_TEXT, TEXT, TEXT_TO_IMAGE
+from qlip.data.token_loader import TokenLoader
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,10 @@ def test_ratio_is_equation_7() -> None:
     assert mixing_ratio(10_000, config) == mixing_ratio(10**9, config) == (384 / 512, 32 / 512, 96 / 512)
     assert mixing_ratio(5_000, config)[0] == pytest.approx(36 / 40)
     assert mixing_ratio(0, replace(config, calm_down_steps=0)) == (0.75, 0.0625, 0.1875)
+    for end in (0.1, 0.7, 12.0):
+        rising = replace(config, text_start=0.0, text_end=end, calm_down_steps=7)
+        assert mixing_ratio(0, rising)[0] == pytest.approx(0, abs=1e-12)
+        assert all(0 <= mixing_ratio(step, rising)[0] < 1 for step in range(10))
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
@@ -146,19 +151,31 @@ def test_pictures_without_caption_are_left_out_and_counted(both: MixDataConfig, 
     documents = documents_of(list(itertools.islice(loader, 6)))
     numbers = {ids[ids.index(BEGIN) + 1] - FIRST_VISUAL for _, ids in documents}
     assert numbers == set(range(4, 12))
+    assert all(source.state_dict()["loader"]["epoch"] > 1 for source in loader.sources.values())
     entries = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
-    assert {(entry["key"], entry["reason"]) for entry in entries} == {(f"t{n}", "empty caption") for n in range(4)}
-    assert {entry["epoch"] for entry in entries} >= {0, 1}
+    assert Counter(entry["key"] for entry in entries) == {f"t{n}": 2 for n in range(4)}, "once for each kind"
+    assert {(entry["reason"], entry["epoch"]) for entry in entries} == {("empty caption", 0)}
 
 
-def test_stores_without_captions_are_refused_and_white_ones_end_the_run(
+def test_captions_that_are_rare_are_found_and_told_once(
     both: MixDataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """33 of 34 pictures have none, in batches that reach into the next epoch."""
+    monkeypatch.setattr(document_sources, "MAX_WITHOUT_CAPTION", 2)
+    store = write_store(tmp_path / "store", rows=34, empty=33)
+    config = replace(both, text_start=0.0, text_end=0.0, image_to_text=0.0, caption_dropout=0.0, tokens=store)
+    loader = loader_of(config, ledger=tmp_path / "skipped.jsonl")
+    documents = documents_of(list(itertools.islice(loader, 2)))
+    assert len(documents) > 10 and {ids[ids.index(BEGIN) + 1] - FIRST_VISUAL for _, ids in documents} == {33}
+    entries = [json.loads(line)["key"] for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert sorted(entries) == sorted(f"t{number}" for number in range(33))
+
+
+def test_stores_without_captions_are_refused_and_white_ones_end_the_run(both: MixDataConfig, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no captions: run qlip tokenize on captioned pictures"):
         loader_of(replace(both, tokens=write_store(tmp_path / "none", captions=False)))
-    monkeypatch.setattr(document_sources, "MAX_WITHOUT_CAPTION", 50)
     loader = loader_of(replace(both, tokens=write_store(tmp_path / "white", empty=12)))
-    with pytest.raises(UserError, match="50 pictures one after the other have no caption; give captioned ones"):
+    with pytest.raises(UserError, match="white: 24 pictures one after the other have no caption; give captioned ones"):
         next(iter(loader))
 
 
@@ -166,7 +183,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "negative": ({"image_to_text": -1.0}, "give ratios, none negative"),
     "not a number": ({"text_end": math.nan}, "give ratios, none negative"),
     "infinite": ({"text_start": math.inf}, "give ratios, none negative"),
-    "all zero": ({"text_end": 0.0, "image_to_text": 0.0, "text_to_image": 0.0}, "one above 0 besides text_start"),
+    "all zero": ({"text_end": 0.0, "image_to_text": 0.0, "text_to_image": 0.0}, "one above 0 at every step"),
+    "zero at first": (
+        {"text_start": 0.0, "image_to_text": 0.0, "text_to_image": 0.0},
+        "one above 0 at every step",
+    ),
     "no text": ({"text": ""}, "set data.text to files of documents, or text_start and text_end to 0"),
     "no tokens": ({"tokens": ""}, "no pictures for image_to_text: set data.tokens .* or data.image_to_text to 0"),
     "no tokens to draw": ({"tokens": "", "image_to_text": 0.0}, "no pictures for text_to_image: .*data.text_to_image"),
@@ -200,6 +221,13 @@ def test_texts_without_a_ratio_are_said_to_be_left_out(both: MixDataConfig, caps
     loader = loader_of(replace(both, text_start=0.0, text_end=0.0))
     assert "data.text is not read" in " ".join(capsys.readouterr().out.split())
     assert not (next(iter(loader))["task_ids"] == TEXT).any()
+
+
+def test_stores_are_read_in_batches(both: MixDataConfig) -> None:
+    for num_ranks, batch_size in ((1, 24), (5, 4)):
+        source = loader_of(both, num_ranks=num_ranks).sources["text_to_image"]
+        assert isinstance(source, document_sources.PairSource) and isinstance(source.loader, TokenLoader)
+        assert source.loader.config.batch_size == batch_size
 
 
 def test_text_comes_without_pictures(both: MixDataConfig) -> None:

@@ -104,6 +104,31 @@ def test_begins_anew_without_resuming_and_state_before_the_first_batch_is_the_be
         assert_equal(first, third)
 
 
+def test_a_state_that_is_asked_for_first_does_not_outlive_resuming(both: MixDataConfig) -> None:
+    loader, other = loader_of(both), loader_of(both)
+    list(itertools.islice(loader, 3))
+    state = loader.state_dict()
+    other.state_dict()
+    other.resume([state])
+    assert_equal(next(iter(other)), next(iter(loader_resumed(both, state))))
+    assert other.num_batches == 4
+
+
+def test_texts_that_were_mended_since_go_on(tmp_path: Path) -> None:
+    """The document that a batch had cut is another, and shorter."""
+    config = MixDataConfig(
+        text=write_texts(tmp_path), sequence_length=64, batch_size=1, image_to_text=0.0, text_to_image=0.0
+    )
+    loader = loader_of(config)
+    for _ in loader:
+        if loader.state_dict()["sources"]["text"]["offset"] > 20:
+            break
+    state = loader.state_dict()
+    (tmp_path / "0.jsonl").write_text('{"text": "short"}\n' * 30)
+    batch = next(iter(loader_resumed(config, state)))
+    assert batch["input_ids"][0, :7].tolist() == [256, *b"short", 257]
+
+
 def test_other_numbers_of_ranks_go_on_with_the_next_epochs_and_the_schedule(both: MixDataConfig, capsys) -> None:
     loader = loader_of(both)
     list(itertools.islice(loader, 6))

@@ -6,7 +6,9 @@ from random import Random
 import numpy as np
 import pytest
 import torch
+from mixing_files import BEGIN, BOS, END, EOS, LAYOUT
 
+from qlip.data.mixing import MixDataConfig, mixing_ratio
 from qlip.data.packing import (
     IGNORED,
     IMAGE_TO_TEXT,
@@ -15,21 +17,9 @@ from qlip.data.packing import (
     UNFILLED,
     Packer,
     Pair,
-    SequenceLayout,
     image_to_text,
     text_document,
     text_to_image,
-)
-
-BOS, EOS, BEGIN, END = 256, 257, 258, 259
-LAYOUT = SequenceLayout(
-    tokenize=lambda text: list(text.encode()),
-    begin=BOS,
-    end=EOS,
-    image_begin=BEGIN,
-    image_end=END,
-    image_length=2,
-    visual_ids=lambda bits: bits.long().sum(-1) + 300,
 )
 
 
@@ -43,6 +33,13 @@ class Pieces:
         piece, rest = self.documents[0][:limit], self.documents[0][limit:]
         self.documents[:1] = [rest] if len(rest) else []
         return piece
+
+
+class Endless:
+    """One document without end."""
+
+    def take(self, limit: int) -> np.ndarray:
+        return np.zeros(limit, np.int64)
 
 
 class Numbered:
@@ -59,7 +56,7 @@ class Numbered:
         self.number += 1
 
 
-def packer_of(length: int, *, texts: Pieces | None = None, pairs: dict | None = None, **options) -> Packer:
+def packer_of(length: int, *, texts: Pieces | Endless | None = None, pairs: dict | None = None, **options) -> Packer:
     settings = {"pack_pairs": True, "padding": EOS, "rank": 0, "num_ranks": 1}
     return Packer(sequence_length=length, texts=texts, pairs=pairs or {}, **(settings | options))
 
@@ -168,6 +165,37 @@ def test_shares_are_kept_within_a_sample_at_every_batch(shares: tuple[float, ...
         ideal = torch.tensor(shares, dtype=torch.float64) * placed.sum()
         assert (placed - ideal).abs().max() <= 0.75 + 7 / 64
         assert abs(sum(packer.credits)) < 1e-9
+
+
+@pytest.mark.parametrize("pack_pairs", [True, False], ids=["packed", "a pair a row"])
+def test_the_whole_calming_down_places_what_equation_7_says(pack_pairs: bool) -> None:
+    """10,000 steps of a row each; a pair a row, every row is one sample, so the sums are those of Eq 7 alone."""
+    config = MixDataConfig(calm_down_steps=2_000 if pack_pairs else 10_000)  # the other is as exact, and slower
+    pairs = {kind: Numbered(7) for kind in (IMAGE_TO_TEXT, TEXT_TO_IMAGE)}
+    packer = packer_of(16, texts=Endless(), pairs=pairs, pack_pairs=pack_pairs)
+    placed, ideal, furthest = np.zeros(3), np.zeros(3), 0.0
+    for step in range(config.calm_down_steps):
+        shares = mixing_ratio(step, config)
+        counts = packer.batch(1, shares)["sample_counts"].numpy()
+        placed, ideal = placed + counts, ideal + np.array(shares) * counts.sum()
+        furthest = max(furthest, np.abs(placed - ideal).max())
+    assert furthest < 1
+    if not pack_pairs:
+        text = 60 - 48 * np.arange(10_000) / 10_000
+        assert np.abs(placed - [(ratio / (text + 4)).sum() for ratio in (text, 1, 3)]).max() < 1
+        assert placed.sum() == 10_000
+
+
+def test_text_that_filled_rests_does_not_stay_away_when_its_share_grows() -> None:
+    pairs = {kind: Numbered(9) for kind in (IMAGE_TO_TEXT, TEXT_TO_IMAGE)}
+    packer = packer_of(16, texts=Endless(), pairs=pairs)
+    few, many = (0.1, 0.3, 0.6), (0.9, 0.025, 0.075)
+    before = packer.batch(200, few)["sample_counts"].tolist()
+    assert before == [200 * 7 / 16, pytest.approx(200 / 3, abs=1), pytest.approx(400 / 3, abs=1)]
+    assert packer.credits[TEXT] >= -1 and abs(sum(packer.credits)) < 1e-9
+    after = packer.batch(40, many)["sample_counts"]
+    assert (after - torch.tensor(many) * after.sum()).abs().max() < 2
+    assert packer.batch(10, many)["sample_counts"][TEXT] > 7
 
 
 def test_ranks_draw_pairs_at_different_times_and_together_keep_the_shares() -> None:

@@ -1,10 +1,7 @@
-"""Documents of every kind of file: each once an epoch over all ranks, resumed exactly; what is broken is skipped or
-named."""
+"""Documents of every kind of file: each once an epoch over all ranks, resumed exactly; what is broken is skipped."""
 
-import gzip
 import itertools
 import json
-import tarfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,73 +9,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from shard_files import write_tar
+from document_files import TEXTS, entries_of, lines_of, stream_of, taken, write, write_lines
 
 from qlip.core.errors import UserError
 from qlip.data import text_files as reader
 from qlip.data.ledger import Ledger
-from qlip.data.text_files import read_documents, text_files
-from qlip.data.text_stream import TextStream
-
-TEXTS = [f"document {number}" for number in range(23)]
-
-
-def lines_of(texts: list[str], *, field: str = "text") -> bytes:
-    return b"".join(json.dumps({field: text}).encode() + b"\n" for text in texts)
-
-
-def write_zst(path: Path, content: bytes) -> Path:
-    with pa.CompressedOutputStream(str(path), "zstd") as file:
-        file.write(content)
-    return path
-
-
-def write_text_shard(path: Path, texts: list[str]) -> Path:
-    members: list[tuple[str | tarfile.TarInfo, bytes]] = []
-    for number, text in enumerate(texts):
-        members.append((f"{number:04d}.json", json.dumps({"scene": {"story": text}}).encode()))
-        members.append((f"{number:04d}.txt", f"caption {text}".encode()))
-    return write_tar(path, members)
-
-
-def write(folder: Path, name: str, texts: list[str]) -> Path:
-    """A file of any kind, its documents in field `text`, of shards in `scene.story`."""
-    path = folder / name
-    if name.endswith(".zst"):
-        return write_zst(path, lines_of(texts))
-    if name.endswith(".parquet"):
-        pq.write_table(pa.table({"id": range(len(texts)), "text": texts}), path, row_group_size=5)
-    elif name.endswith(".tar"):
-        return write_text_shard(path, texts)
-    else:
-        path.write_bytes(gzip.compress(lines_of(texts)) if name.endswith(".gz") else lines_of(texts))
-    return path
-
-
-def write_lines(folder: Path, content: bytes) -> Path:
-    (folder / "a.jsonl").write_bytes(content)
-    return folder / "a.jsonl"
-
-
-def entries_of(file: Path, *, text_field: str = "text", first: int = 0) -> list[tuple[int, str]]:
-    """What a file holds; in place of texts that cannot be used their reasons, in brackets."""
-    entries = read_documents(file, text_field=text_field, first=first, wanted=lambda number: number >= first)
-    return [(number, found if isinstance(found, str) else f"<{found.reason}>") for number, found in entries]
-
-
-def stream_of(spec: Path | str, *, rank: int = 0, num_ranks: int = 1, **options) -> TextStream:
-    settings: dict[str, Any] = {
-        "text_field": "text",
-        "shuffle_window": 4,
-        "ledger": Ledger(None, max_skip_share=0.05),
-        "seed": 0,
-    }
-    return TextStream(str(spec), rank=rank, num_ranks=num_ranks, **(settings | options))
-
-
-def taken(stream: TextStream, num: int) -> list[str]:
-    return list(itertools.islice(stream, num))
-
+from qlip.data.text_files import text_files
 
 KINDS = ("a.jsonl", "a.jsonl.zst", "a.jsonl.gz", "a.json.gz", "a.parquet", "a.tar")
 
@@ -209,12 +145,10 @@ def test_undecodable_and_null_rows_of_parquet_are_skipped(tmp_path: Path) -> Non
     assert entries_of(tmp_path / "a.parquet") == list(enumerate(["good", *reasons]))
 
 
-def test_damaged_shards_lose_what_is_damaged(tmp_path: Path) -> None:
-    file = write(tmp_path, "a.tar", TEXTS)
-    file.write_bytes(file.read_bytes()[:-11_000])
-    stream = stream_of(file, text_field="scene.story", ledger=Ledger(None, max_skip_share=0.5))
-    assert set(taken(stream, 30)) <= set(TEXTS)
-    assert any(reason.startswith("truncated tar") for reason in stream.ledger.skipped)
+def test_giant_rows_of_parquet_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "MAX_DOCUMENT_BYTES", 50)
+    file = write(tmp_path, "a.parquet", ["x" * 50, "x" * 51, "next"])
+    assert entries_of(file) == [(0, "x" * 50), (1, "<document too large: over 50 bytes>"), (2, "next")]
 
 
 def test_too_many_unusable_documents_stop_the_run(tmp_path: Path) -> None:
@@ -223,26 +157,17 @@ def test_too_many_unusable_documents_stop_the_run(tmp_path: Path) -> None:
         taken(stream_of(tmp_path), 50)
 
 
-@pytest.mark.parametrize("name", ["a.jsonl.zst", "a.jsonl.gz", "a.parquet"])
-@pytest.mark.parametrize("kept", [0.0, 0.5, 0.97])
-def test_files_that_are_cut_short_are_named(tmp_path: Path, name: str, kept: float) -> None:
-    file = write(tmp_path, name, TEXTS)
-    content = file.read_bytes()
-    file.write_bytes(content[: int(len(content) * kept)])
-    with pytest.raises(UserError, match=rf"{name} cannot be read .*; fetch it again or leave it out$"):
-        taken(stream_of(tmp_path), 100)
-
-
-def test_files_that_go_missing_are_named(tmp_path: Path) -> None:
-    write(tmp_path, "a.jsonl", TEXTS)
-    stream = stream_of(tmp_path)
-    (tmp_path / "a.jsonl").unlink()
-    with pytest.raises(UserError, match=r"a\.jsonl cannot be read .*No such file"):
-        taken(stream, 1)
+def test_ranks_whose_files_are_empty_go_on_with_the_next_epoch(tmp_path: Path) -> None:
+    for number in range(4):
+        write(tmp_path, f"{number}.jsonl", [f"{number} {document}" for document in range(40)] if number else [])
+    for rank in range(4):
+        stream = stream_of(tmp_path, rank=rank, num_ranks=4)
+        assert len({text[0] for text in taken(stream, 400)}) > 1, "files change their ranks"
+        assert stream.position.epoch >= 9
 
 
 def test_an_epoch_without_documents_ends_the_run(tmp_path: Path) -> None:
-    write(tmp_path, "a.jsonl", [])
+    (tmp_path / "a.jsonl").write_text("\n\n")
     with pytest.raises(UserError, match=r"no usable document in 1 files from .*a\.jsonl on; give files whose 'text'"):
         taken(stream_of(tmp_path), 1)
     write(tmp_path, "a.jsonl", TEXTS[:1])
@@ -268,6 +193,18 @@ def test_folders_globs_braces_and_joins_name_files(tmp_path: Path) -> None:
     assert text_files(str(tmp_path)) == files
     assert text_files(f"{tmp_path}/a*.jsonl") == text_files(f"{tmp_path}/a{{0..1}}.jsonl") == files[:2]
     assert text_files(f"{files[2]}::{files[0]}") == [files[2], files[0]]
+    assert text_files(f"{files[2]}::{tmp_path}::{tmp_path}/deep/../a*::{files[2]}") == [files[2], *files[:2]], (
+        "no doubles"
+    )
+
+
+def test_the_metadata_of_shards_is_no_text(tmp_path: Path) -> None:
+    """img2dataset writes a parquet file beside every shard."""
+    for name in ("00000.tar", "00000.parquet", "00001.parquet", "00000.jsonl", "deep/00001.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path, name, TEXTS)
+    left = [file.relative_to(tmp_path).as_posix() for file in text_files(str(tmp_path))]
+    assert left == ["00000.jsonl", "00000.tar", "00001.parquet", "deep/00001.tar"]
 
 
 @pytest.mark.parametrize(

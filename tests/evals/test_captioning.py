@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
@@ -110,8 +111,9 @@ def captioned(references: list[list[str]], *, first_number: int | None = 500) ->
     )
 
 
-def run(source: Any, model: Any, *, name: str = "coco-captions-v1", **options: Any) -> Any:
-    evaluator = CaptionEvaluator(find_protocol(name), EvalInput(source=source, batch_size=3, **options))
+def run(source: Any, model: Any, *, name: str = "coco-captions-v1", count: int = 5000, **options: Any) -> Any:
+    protocol = replace(find_protocol(name), count=count)
+    evaluator = CaptionEvaluator(protocol, EvalInput(source=source, batch_size=3, **options))
     return evaluator.run(model, CPU), evaluator
 
 
@@ -222,6 +224,7 @@ def test_captions_are_scored_beside_those_of_the_next_picture(without_java, tmp_
     card = evaluator.card()
     assert (card["count"], card["complete"], card["empty_captions"]) == (4, False, 1)
     assert (card["references_per_picture"], card["num_captions"]) == ([1, 3], 8)
+    assert card["duplicates"] == 0 and len(card["pixels_sha256"]) == 64
     assert card["sampling"] == {"temperature": 1.0, "top_p": 0.95, "top_k": 0} and "seeds" in card
     assert {(one.temperature, one.top_p, one.max_new_tokens) for one in model.settings} == {(1.0, 0.95, 64)}
     evaluator.write_answers(tmp_path)
@@ -241,10 +244,36 @@ def test_pictures_without_numbers_are_counted(without_java, tmp_path, ids):
     for item, number in zip(source.found, ids, strict=True):
         item.record["cocoid"] = number
     _, evaluator = run(source, Speaker(CAPTIONS))
-    assert evaluator.card()["image_ids"] == "place in the data, from 0"
+    assert evaluator.card()["image_ids"] == "place among the pictures to be captioned, from 0"
     evaluator.write_answers(tmp_path)
     rows = json.loads((tmp_path / "coco-captions-v1_captions.json").read_text())
     assert [row["image_id"] for row in rows] == [0, 1, 2, 3]
+
+
+def test_a_skipped_picture_leaves_its_place_free(without_java):
+    source = captioned([*REFERENCES[:2], [], *REFERENCES[2:]], first_number=None)
+    source.found[1] = Item(key="1.png", image=b"broken", captions=("a star",))
+    model = Speaker([CAPTIONS[0], "", "", *CAPTIONS[2:]])
+    evaluator = run(source, model, max_skip_share=0.5)[1]
+    assert evaluator._numbers == [0, 2, 3] and evaluator.card()["skipped"] == 1  # the third has no captions
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "complete"),
+    [
+        ("dataset_coco.json test", 4, True),
+        ("dataset_coco.json test", 5, False),
+        ("captions_val2014.json", 4, False),
+        ("dataset_coco.json val", 4, False),
+    ],
+)
+def test_only_the_split_of_the_protocol_is_complete(without_java, capsys, name, count, complete):
+    source = captioned(REFERENCES)
+    source.name = name
+    card = run(source, Speaker(CAPTIONS), count=count)[1].card()
+    said = " ".join(capsys.readouterr().out.split())
+    assert card["complete"] is complete and ("compare only with figures of the same pictures" in said) is not complete
+    assert (f"{name} does not say that it is the test split" in said) is (count == 4 and not complete)
 
 
 def test_a_split_of_karpathys_json_is_captioned_whole(without_java, tmp_path):
@@ -257,7 +286,8 @@ def test_a_split_of_karpathys_json_is_captioned_whole(without_java, tmp_path):
     file = tmp_path / "dataset_coco.json"
     file.write_text(json.dumps({"images": entries}))
     source = open_source(str(file), images=str(tmp_path), split="test")
-    _, evaluator = run(source, Speaker(CAPTIONS), split="test")
+    _, evaluator = run(source, Speaker(CAPTIONS), split="test", count=3)
+    assert evaluator.card()["complete"] is True
     assert evaluator._numbers == [89, 88, 87] and evaluator.card()["image_ids"] == "the data"
     with pytest.raises(UserError, match="of the test split: leave out --split val"):
         run(source, Speaker(CAPTIONS), split="val")

@@ -51,7 +51,8 @@ def test_a_prompt_that_ends_inside_an_image_is_completed(offset):
     model = tiny_um3()
     (written,) = write(model, [[BOS, 5, BEGIN, *IMAGE[:offset]]], new=LENGTH - offset + 3)
     assert_well_formed([BOS, 5, BEGIN, *IMAGE[:offset]], written)
-    assert written[LENGTH - offset] == END and len(image_spans([BOS, BEGIN, *IMAGE[:offset], *written], model.ids)) == 1
+    whole = [BOS, BEGIN, *IMAGE[:offset], *written]
+    assert written[LENGTH - offset] == END and len(image_spans(whole, model.vocabulary)) == 1
 
 
 STRATEGIES: dict[str, dict[str, Any]] = {
@@ -118,7 +119,7 @@ def test_guidance_moves_what_is_drawn_and_one_is_none():
 def test_an_image_that_is_cut_off_is_none():
     (written,) = write(tiny_um3(), [[BOS, 5, BEGIN]], new=LENGTH - 1)
     assert len(written) == LENGTH - 1
-    assert image_spans([BOS, 5, BEGIN, *written], tiny_um3().ids) == []
+    assert image_spans([BOS, 5, BEGIN, *written], tiny_um3().vocabulary) == []
 
 
 @pytest.mark.parametrize(

@@ -232,3 +232,35 @@ def test_a_fresh_process_generates_the_same_with_transformers_alone(folder, unif
     here = model.generate(**rows, do_sample=True, max_new_tokens=24).tolist()
     assert json.loads(done.stdout.splitlines()[-1]) == here
     assert len(AutoTokenizer.from_pretrained(folder)) == model.config.text_vocab_size
+
+
+def test_in_bfloat16_rotary_tables_and_pictures_stay_exact(unified):
+    """A table of frequencies in bfloat16 would turn distant tokens by wrong angles."""
+    before = {name: buffer.clone() for name, buffer in unified.model.named_buffers()}
+    tokenizer = unified.processor.image_tokenizer.measured.model
+    images = {name: tensor.clone() for name, tensor in tokenizer.named_parameters()}
+    unified.to(torch.device("cpu"), dtype=torch.bfloat16)
+    assert unified.dtype == torch.bfloat16 and before
+    for name, buffer in unified.model.named_buffers():
+        assert torch.equal(buffer, before[name]) and buffer.dtype == before[name].dtype, name
+    for name, tensor in tokenizer.named_parameters():
+        assert torch.equal(tensor, images[name])
+    assert unified.generate(["a red star"], seeds=[0]).shape == (1, 3, 16, 16)
+
+
+def test_pictures_go_to_the_image_tokenizers_device(unified):
+    unified.processor.image_tokenizer.to(torch.device("meta"))
+    assert unified.processor.image_ids(torch.zeros(1, 3, 16, 16, dtype=torch.uint8)).device.type == "meta"
+
+
+def test_logits_that_are_not_finite_are_one_line(unified):
+    with torch.no_grad():
+        unified.model.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match="logits are not finite: take --precision fp32"):
+        unified.generate(["a star"], seeds=[0])
+
+
+def test_plain_tuples_are_given_where_they_are_asked_for(unified):
+    ids = unified.processor(["a star"])["input_ids"]
+    logits = unified.model(ids, return_dict=False)[0]
+    assert torch.equal(logits, unified.model(ids).logits)

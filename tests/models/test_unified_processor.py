@@ -212,7 +212,7 @@ def test_a_vq_tokenizer_has_one_sub_code(tmp_path):
     source = written(tmp_path / "vq.pt", {"model": weights})
     images = open_image_tokenizer(source, image_size=16)
     model, tokenizer = tiny_unified_parts(images, division=())
-    assert model.config.visual_division == [5] and model.ids.image_length == 16
+    assert model.config.visual_division == [5] and model.vocabulary.image_length == 16
     save_unified(model, folder=tmp_path / "um3", tokenizer=tokenizer, image_tokenizer=str(source), step=None)
     processor = UM3Processor.from_pretrained(tmp_path / "um3")
     (picture,) = processor.decode(processor.encode([square(1)]))

@@ -210,3 +210,19 @@ def test_a_tokenizer_longer_than_the_table_gets_rows():
     table = model.get_input_embeddings().weight
     assert model.config.text_vocab_size == size + 2
     assert torch.equal(table[size], table[model.config.image_begin_id])
+
+
+def test_sequences_end_as_the_tokenizer_ends_them():
+    """Llama and Qwen folders may name another end in their config than their tokenizer, which training goes by."""
+    language_model, tokenizer = tiny_llama()
+    language_model.config.eos_token_id = 7
+    model = widened(language_model, tokenizer)
+    assert model.config.eos_token_id == tokenizer.eos_token_id != 7
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+
+
+def test_a_sliding_window_is_refused():
+    config = Qwen3Config(**SMALL, use_sliding_window=True, max_window_layers=0)
+    _, tokenizer = tiny_llama()
+    with pytest.raises(UserError, match="attends within a sliding window, which UM3 does not"):
+        widened(Qwen3ForCausalLM(config), tokenizer)

@@ -77,7 +77,7 @@ def test_a_recipes_config_survives_json_and_says_what_it_needs(name):
     assert again == config and config.recipe == name and find_recipe(name) is not config
     text = getattr(importlib.import_module(RECIPES[name][0]), name).__doc__
     for heading in ("Command", "Hardware", "Time", "Expect", "Open"):
-        assert re.search(rf"^    {heading}: +\S", text, re.MULTILINE), heading
+        assert re.search(rf"^    {heading}: +[^@\s]", text, re.MULTILINE), heading
     assert f"train {name} " in text
 
 
@@ -102,8 +102,8 @@ def test_a_run_trains_and_its_export_writes_and_draws(trained):
     lines = figures_of(trained)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     unified = open_unified(trained / "export")
-    assert lines[0]["text_nll"] == pytest.approx(math.log(unified.model.ids.text_size), rel=0.1)
-    assert lines[0]["visual_nll"] == pytest.approx(math.log(unified.model.ids.visual_size), rel=0.1)
+    assert lines[0]["text_nll"] == pytest.approx(math.log(unified.model.vocabulary.text_size), rel=0.1)
+    assert lines[0]["visual_nll"] == pytest.approx(math.log(unified.model.vocabulary.visual_size), rel=0.1)
     assert {"text_task_nll", "text_to_image_task_nll", "text_share", "token_loss"} <= lines[0].keys()
     assert unified.generate(["a red star"], seeds=[0]).shape == (1, 3, 16, 16)
     assert not (trained / "skipped.jsonl").exists()
@@ -138,7 +138,7 @@ def test_pictures_without_a_store_are_encoded_on_the_fly(home, tmp_path):
     run_unified(config, folder=tmp_path)
     for line in figures_of(tmp_path):
         assert line["visual_nll"] == pytest.approx(math.log(4 * 128), rel=0.1)
-    assert open_unified(tmp_path / "export").model.ids.image_length == IMAGE_LENGTH
+    assert open_unified(tmp_path / "export").model.vocabulary.image_length == IMAGE_LENGTH
 
 
 def imported(home: Path, folder: Path) -> str:
@@ -152,7 +152,12 @@ def imported(home: Path, folder: Path) -> str:
 
 def test_an_imported_llama_goes_on_and_with_a_rate_of_zero_stays(home, tmp_path):
     start = imported(home, tmp_path)
-    changes: dict[str, Any] = {"init": start, "tokenizer": "", "fresh_language_model": False, "steps": 1}
+    recipe = find_recipe("scenes_um3_tiny")
+    assert isinstance(recipe, UnifiedRunConfig)
+    kept = {"widening": recipe.widening, "tiny": recipe.tiny, "fresh_language_model": False}
+    changes: dict[str, Any] = {"init": start, "tokenizer": "", "steps": 1, **kept}
+    with pytest.raises(UserError, match="--init brings its vocabulary with it: leave --widening and --tiny out"):
+        run_unified(tiny(home, **changes | {"widening": WideningConfig(softmax="joint")}), folder=tmp_path / "no")
     run_unified(tiny(home, **changes, task__optimizer__lr=0.0), folder=tmp_path / "still")
     assert moved(weights_of(Path(start)), weights_of(tmp_path / "still")) == set()
     run_unified(tiny(home, **changes, task__z_loss=1e-3), folder=tmp_path / "run")
@@ -176,7 +181,10 @@ IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
     "no tokenizer": ({"tokenizer": ""}, "no image tokenizer: add --tokenizer QLIP"),
     "tokenizer that is not there": ({"tokenizer": "nowhere"}, "nowhere"),
     "no model": ({"fresh_language_model": False}, "no model to start from: add --init FOLDER"),
-    "init that is no UM3": ({"init": "nowhere", "tokenizer": ""}, "nowhere is no UM3: make one with qlip import llama"),
+    "init that is no UM3": (
+        {"init": "nowhere", "tokenizer": "", "recipe": "my own"},
+        "nowhere is no UM3: make one with qlip import llama",
+    ),
     "both": ({"init": "nowhere"}, "--init brings its image tokenizer with it: leave --tokenizer out"),
     "no text": ({"data__text": ""}, "data.text"),
     "text that is not there": ({"data__text": "nowhere/*.jsonl"}, "nowhere"),

@@ -15,7 +15,7 @@ from qlip.core.errors import UserError
 from qlip.core.log import console
 from qlip.data.folders import PICTURE_ENDINGS
 from qlip.engine.run_folder import make_writable
-from qlip.models.modality import NO_IMAGE, ids_since_begin
+from qlip.models.modality import ids_since_begin
 from qlip.models.unified_model import WritingSettings
 from qlip.models.unified_processor import Part
 
@@ -60,7 +60,8 @@ def complete(
     check_seed(seed + num - 1)
     parts = parts_of(words)
     unified = open_to_write(model, device=device, precision=precision)
-    needed = unified.processor.vocabulary.image_length + 2  # with its markers
+    vocabulary = unified.processor.vocabulary
+    needed = vocabulary.image_length + 2  # with its markers
     if images and max_new_tokens is None:
         settings = replace(settings, max_new_tokens=TEXT_LENGTH + needed)
     elif images and settings.max_new_tokens < needed:
@@ -77,8 +78,8 @@ def complete(
         if num > 1:
             print(f"--- {number + 1} of {num}, --seed {seed + number}")
         print("".join(part if isinstance(part, str) else _kept(part, out, drawn) for part in written), flush=True)
-        if ids_since_begin(ids[None], unified.processor.vocabulary)[0, -1] > NO_IMAGE:
-            cut_off += 1
+        count = int(ids_since_begin(ids[None], vocabulary)[0, -1])
+        cut_off += 0 <= count < vocabulary.image_length
     if cut_off:
         console.print(f"{cut_off} pictures were cut off and left out: one takes {needed} ids, raise --max-new-tokens")
     if out is not None:

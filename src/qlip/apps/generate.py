@@ -188,7 +188,8 @@ def _open(
         if caption_encoder:
             raise UserError(f"--caption-encoder: {model} is a UM3, which reads prompts itself: leave it out")
         generator = open_unified(model)
-        generator.settings = WritingSettings(**({"guidance": generator.model.config.guidance} | given))
+        settings = WritingSettings(**({"guidance": generator.model.config.guidance} | given))
+        generator = Unified(generator.model, generator.processor, settings)
     else:
         generator = open_generator(model, caption_encoder=caption_encoder)
         generator.settings = SamplingConfig(**({"guidance": generator.model.config.guidance} | given))

@@ -119,7 +119,7 @@ def _matched(
 ) -> dict[str, Any]:
     """Match QK-norm on the ids; its weights by layer, and what a token costs before, with weights of one, and then."""
     ids = ids[:, : int(model.config.max_position_embeddings)]
-    say(f"matching QK-norm on {ids.shape[1]:,} tokens of {path}: {2 * len(model.model.layers)} passes")
+    say(f"matching QK-norm on {ids.shape[1]:,} tokens of {path}")
     measured = ids[:, :MEASURED_TOKENS]
     with torch.inference_mode():
         logits = language_model.eval()(input_ids=measured, use_cache=False).logits.float()
@@ -142,7 +142,7 @@ def _report(
     model: UM3ForCausalLM, language_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, images: ImageTokenizer
 ) -> dict[str, Any]:
     """Counts and ids, for people and programs."""
-    config, vocabulary, given = model.config, model.ids, language_model.config
+    config, vocabulary, given = model.config, model.vocabulary, language_model.config
     markers = tokenizer.convert_ids_to_tokens([vocabulary.image_begin, vocabulary.image_end])
     return {
         "model_type": given.model_type,

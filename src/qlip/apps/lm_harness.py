@@ -100,10 +100,7 @@ class UnifiedHarness(HFLM):
     ) -> tuple[Tensor, Tensor]:
         """Texts to be continued -> ids and mask (b, s), padded on the left; BOS and the last ids of longer ones."""
         room = max(1, (left_truncate_len or self.max_length) - len(self._bos))
-        rows = [[*self._bos, *self.tok_encode(string)[-room:]] for string in strings]
-        longest, pad = max(map(len, rows)), self.unified.processor.pad_id
-        ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
-        return ids, torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+        return self.unified.processor.padded([[*self._bos, *self.tok_encode(string)[-room:]] for string in strings])
 
     def get_model_info(self) -> dict[str, Any]:
         """What results say of the model: its fingerprints; the harness itself would ask the hub for the folder."""

@@ -97,7 +97,9 @@ FIGURES = {
     "counts": Words("share", "higher", "Captions that name as many objects as there are."),
     "all": Words("share", "higher", "Captions that say all there is, rightly: sizes, places and background too."),
     "perplexity": Words("", "lower", "Tokens of a story between which the model is as if undecided; 1 is certain."),
-    "bits_per_byte": Words("bits", "lower", "What a byte of the stories costs: comparable between tokenizers."),
+    "bits_per_byte": Words(
+        "bits", "lower", "What a byte of the stories costs: comparable between tokenizers, within one kind of softmax."
+    ),
     "continued": Words("share", "higher", "Stories whose hero has its right colour in the model's own last sentence."),
     "f1_mean": Words("share", "higher", "Mean F1 over POPE's three categories, as LLaVA-1.5 reports it."),
     **{

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import nn
 
 
 def float32_region(device_type: str) -> AbstractContextManager:
@@ -37,3 +38,9 @@ def float32_kind(*, products: str = "ieee", convolutions: str = "ieee") -> Itera
     finally:
         for backend, kind in before:
             backend.fp32_precision = kind
+
+
+def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
+    """Give the parameters another dtype, in place. Buffers stay: a rotary table in bfloat16 is a wrong table."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)

@@ -27,8 +27,9 @@ from qlip.data.packing import (
 from qlip.data.shards import seeded_random
 from qlip.data.tar_reader import Skip
 from qlip.data.text_stream import TextStream
+from qlip.data.token_loader import TokenLoader
 
-MAX_WITHOUT_CAPTION = 10_000  # pictures one after the other
+MAX_WITHOUT_CAPTION = 10_000  # pictures one after the other, of loaders that do not say how many they have
 
 
 class PictureLoader(Protocol):
@@ -53,7 +54,8 @@ class TextPieces:
         self._before, self._ids, self._offset = self.stream.state_dict(), np.empty(0, np.int64), 0
         if self._resumed_offset:
             self._open_next()
-            self._offset, self._resumed_offset = self._resumed_offset, 0
+            # a file that was mended since may have a shorter document here
+            self._offset, self._resumed_offset = min(self._resumed_offset, len(self._ids)), 0
 
     def take(self, limit: int) -> np.ndarray:
         """The next 1 to `limit` ids, all of one document. Raises as `TextStream`."""
@@ -92,7 +94,8 @@ class PairOptions:
 
 
 class PairSource:
-    """Pairs out of a loader of captioned pictures, or of their bits; those without caption are left out."""
+    """Pairs out of a loader of captioned pictures, or of their bits; those without caption are left out, which the
+    ledger is told in the first epoch."""
 
     def __init__(
         self, loader: PictureLoader, options: PairOptions, *, ledger: Ledger, rank: int, num_ranks: int
@@ -101,6 +104,8 @@ class PairSource:
         self.loader, self.options, self.ledger = loader, options, ledger
         self.rank, self.num_ranks = rank, num_ranks
         self._number, self._used = 0, 0
+        # twice the store: a rank has another part of it in every epoch
+        self._limit = 2 * len(loader.store) if isinstance(loader, TokenLoader) else MAX_WITHOUT_CAPTION
         self._caption: list[int] | None = None
         self._resumed = False
 
@@ -120,7 +125,7 @@ class PairSource:
     def peek(self, task: int) -> Pair:
         """The next pair as a document of this kind; the same until `take`.
 
-        Raises `UserError` when no picture has a caption for too long.
+        Raises `UserError` when no picture has a caption: none of as many, one after the other, as two epochs have.
         """
         caption = self._next_caption()
         if task == TEXT_TO_IMAGE and self.options.caption_dropout:
@@ -170,7 +175,7 @@ class PairSource:
         self._used, self._caption = 0, None
 
     def _next_caption(self) -> list[int]:
-        for _ in range(MAX_WITHOUT_CAPTION):
+        for _ in range(self._limit):
             if self._caption:
                 return self._caption
             if self._used == len(self._captions):
@@ -178,10 +183,18 @@ class PairSource:
             text = self._captions[self._used].strip()
             self._caption = self.options.layout.tokenize(text)[: self.options.max_caption_tokens] if text else None
             if not self._caption:
-                skip = Skip(key=self._keys[self._used], reason="empty caption", shard=self.options.name)
-                self.ledger.skip(skip, epoch=getattr(self.loader, "epoch", 0))
+                if self._epoch() == 0:  # later ones have nothing new to tell
+                    skip = Skip(key=self._keys[self._used], reason="empty caption", shard=self.options.name)
+                    self.ledger.skip(skip, epoch=0)
                 self._used += 1
         raise UserError(
-            f"{self.options.name}: {MAX_WITHOUT_CAPTION} pictures one after the other have no caption; give captioned "
-            "ones, or set data.image_to_text and data.text_to_image to 0"
+            f"{self.options.name}: {self._limit} pictures one after the other have no caption; give captioned ones, or "
+            "set data.image_to_text and data.text_to_image to 0"
         )
+
+    def _epoch(self) -> int:
+        """Of the next picture. Loaders of shards, which leave pictures without caption out themselves, do not say."""
+        if not isinstance(self.loader, TokenLoader):
+            return 0
+        num_left = len(self._captions) - self._used
+        return self.loader.epoch - (num_left > self.loader.done)  # a batch may reach into another epoch

@@ -27,7 +27,9 @@ from qlip.data.text_stream import TextStream
 from qlip.data.token_loader import TokenDataConfig, token_loader
 
 NO_ORDER = ("text", "tokens", "captioned_tokens", "batch_size", "global_batch_size", "max_skip_share")
-"""Options that do not change which document comes next; files are compared by content instead of by path."""
+"""Options that are not compared with a saved position: rows may come in other batches, and sources compare their files
+themselves (texts by number and names, token stores by encoder, file names and row groups), so that folders may move."""
+STORE_BATCH = 32  # pictures read from a token store at a time
 
 
 @dataclass(kw_only=True, slots=True)
@@ -81,7 +83,7 @@ def mixing_ratio(step: int, config: MixDataConfig) -> tuple[float, float, float]
     text, steps = config.text_end, config.calm_down_steps
     if step < steps:
         text += (config.text_end - config.text_start) / steps * (step - steps)
-    ratios = (text, config.image_to_text, config.text_to_image)
+    ratios = (max(text, 0.0), config.image_to_text, config.text_to_image)  # rounding may end below 0
     return ratios[0] / sum(ratios), ratios[1] / sum(ratios), ratios[2] / sum(ratios)
 
 
@@ -151,7 +153,7 @@ class MixingLoader:
             self.num_batches = saved["batches"]
         exact = len(states) == self.num_ranks
         self.packer.load_state_dict(states[self.rank]["packer"] if exact else self._beginning)
-        self._resumed, self._started = True, False
+        self._resumed, self._started, self._waiting = True, False, False
 
     def _start(self) -> None:
         if not self._resumed:
@@ -259,13 +261,15 @@ def _picture_loaders(
             raise UserError(
                 f"no pictures for {name}: set data.tokens to a folder that qlip tokenize has made, or data.{name} to 0"
             )
+        reading = TokenDataConfig(tokens=tokens, batch_size=1, captions=config.captions)
         loader = token_loader(
-            TokenDataConfig(tokens=tokens, batch_size=1, captions=config.captions),
+            reading,
             tokenize=lambda texts: {},
             encoder_fingerprint=encoder_fingerprint,
             # of one store both kinds must not have the same picture at a time
             **(split | {"seed": split["seed"] + captioned}),
         )
+        reading.batch_size = min(STORE_BATCH, len(loader.store) // split["num_ranks"])  # the store had to be opened
         loaders[name] = ([kind], loader, tokens)
     return loaders
 
@@ -274,10 +278,11 @@ def _check(config: MixDataConfig, layout: SequenceLayout) -> None:
     """Raise `UserError` for numbers that make no rows."""
     ratios = (config.text_start, config.text_end, config.image_to_text, config.text_to_image)
     pairs = config.image_to_text + config.text_to_image
-    if not all(math.isfinite(ratio) and ratio >= 0 for ratio in ratios) or config.text_end + pairs <= 0:
+    least_text = min(config.text_start, config.text_end) if config.calm_down_steps > 0 else config.text_end
+    if not all(math.isfinite(ratio) and ratio >= 0 for ratio in ratios) or least_text + pairs <= 0:
         raise UserError(
             f"text_start, text_end, image_to_text, text_to_image {ratios}: give ratios, none negative, and one above 0 "
-            "besides text_start"
+            "at every step"
         )
     if config.calm_down_steps < 0 or min(config.batch_size, config.shuffle_window, config.max_caption_tokens) < 1:
         raise UserError(

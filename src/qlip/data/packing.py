@@ -9,7 +9,7 @@ A document is a piece of text, a caption with its picture, or a picture with its
 Position ids begin anew in each, so attention can be kept inside it; every id is learned but the first of a document,
 which nothing predicts. Pairs are never cut: one that does not fit in the rest of a row comes first in the next, and the
 rest is filled with text. Texts are cut at the end of a row and go on in a later one as a document without another BOS:
-nothing of them is lost but the context before the cut.
+nothing of them is lost but the context before the cut, and the first id behind it is not learned.
 
 Shapes: `b` rows, `S` ids of a row, `m` visual ids of a picture, `n` tokens of a picture, `L` bits of a token.
 """
@@ -32,6 +32,8 @@ TEXT, IMAGE_TO_TEXT, TEXT_TO_IMAGE = range(3)
 UNFILLED = -1
 """Stands in ids and labels for a visual id of a picture that is encoded later."""
 PADDING_TASK = -1
+MAX_LEAD = 1.0
+"""Samples of text beyond its share that later ones make up for."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -108,7 +110,9 @@ class Packer:
 
     Samples are counted: a pair is one, S ids of text are one. What is placed costs its kind's credit the samples it is,
     while all credits grow by their shares of them. So a credit is how many samples a kind lags behind its share; it
-    stays within 3/4 of a sample of zero, but for texts that fill the rest of a row.
+    stays within 3/4 of a sample of zero, but for texts that fill the rest of a row. Where those alone are more than
+    text's share, text exceeds it for as long: what it leads by beyond MAX_LEAD is forgotten, lest it stay away as long
+    when its share grows. Pairs keep their shares of all pairs.
     """
 
     def __init__(
@@ -204,6 +208,11 @@ class Packer:
         rows.counts[kind] += placed
         self.credits = [credit + share * placed for credit, share in zip(self.credits, shares, strict=True)]
         self.credits[kind] -= placed
+        excess = -MAX_LEAD - self.credits[TEXT]
+        if excess > 0 and shares[TEXT] < 1:  # as if this much of the text had not been placed
+            rest = 1 - shares[TEXT]
+            self.credits = [credit - excess * share / rest for credit, share in zip(self.credits, shares, strict=True)]
+            self.credits[TEXT] = -MAX_LEAD
 
 
 class _Rows:

@@ -1,8 +1,8 @@
 """Documents out of one file of texts: lines of json, a column of parquet, or members of a tar shard.
 
-Everything is read as a stream, and what cannot be used comes out as a `Skip` with its reason. Documents are numbered
-by their place in the file, so that reading may go on anywhere: what lies before is neither parsed nor, of parquet,
-read. Which documents come when is in `text_stream.py`.
+Everything is read as a stream, and what cannot be used comes out as a `Skip` with its reason: documents, and the rest
+of a file behind damage. Documents are numbered by their place in the file, so that reading may go on anywhere: what
+lies before is neither parsed nor, of parquet, read. Which documents come when is in `text_stream.py`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import itertools
 import json
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -23,8 +24,10 @@ from qlip.data.tar_reader import RawSample, SampleRejected, Skip, iterate_tar, j
 LINES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".json.zst", ".json.gz")
 ENDINGS = (*LINES, ".parquet", ".tar")
 MAX_DOCUMENT_BYTES = 50_000_000  # a file without line ends must not fill the memory
-BATCH_ROWS = 256
+BATCH_ROWS = 64  # of parquet: documents may be long
+READ_BYTES = 1 << 16  # of zstandard: what damage takes along at most
 TEXT_KINDS = ("string", "large_string", "binary", "large_binary")
+DAMAGE = (OSError, EOFError, zlib.error)
 Wanted = Callable[[int], bool]
 """Whether the document of this number in its file is one to read."""
 Entry = tuple[int, "str | Skip"]
@@ -32,7 +35,8 @@ Entry = tuple[int, "str | Skip"]
 
 
 def text_files(spec: str) -> list[Path]:
-    """The files that a folder (all below it), a glob, `PATH/{00..09}.jsonl.zst`, or several joined by `::` mean.
+    """The files that a folder (all below it), a glob, `PATH/{00..09}.jsonl.zst`, or several joined by `::` mean, each
+    once; of folders of img2dataset the tar shards without the parquet files of their metadata.
 
     Raises `UserError` for addresses, what is not there, folders without texts, and endings other than `ENDINGS`.
     """
@@ -43,7 +47,7 @@ def text_files(spec: str) -> list[Path]:
         folder = Path(source.removeprefix("file://")).expanduser()
         if folder.is_dir():
             below = (path for path in sorted(folder.rglob("*")) if path.name.endswith(ENDINGS) and path.is_file())
-            found = [path for path in below if not _is_hidden(path.relative_to(folder))]
+            found = _without_metadata([path for path in below if not _is_hidden(path.relative_to(folder))])
             if not found:
                 raise UserError(f"folder {folder} holds no texts; give one with files {', '.join(ENDINGS)}")
             files += found
@@ -51,36 +55,59 @@ def text_files(spec: str) -> list[Path]:
             files += (cast(Path, file) for file in expand_shards(source))
     if not files:
         raise UserError("no texts given: set data.text to a folder, a glob, or PATH/{00..09}.jsonl.zst")
+    found_once: dict[Path, Path] = {}
     for file in files:
         if not file.name.endswith(ENDINGS):
             raise UserError(f"{file} is no file of texts that is read here; give {', '.join(ENDINGS)}")
-    return files
+        found_once.setdefault(file.resolve(), file)
+    return list(found_once.values())
 
 
 def _is_hidden(path: Path) -> bool:
     return any(part.startswith((".", "_")) for part in path.parts)
 
 
+def _without_metadata(files: list[Path]) -> list[Path]:
+    shards = {file.with_suffix("") for file in files if file.suffix == ".tar"}
+    return [file for file in files if file.suffix != ".parquet" or file.with_suffix("") not in shards]
+
+
 def read_documents(file: Path, *, text_field: str, first: int, wanted: Wanted) -> Iterator[Entry]:
     """The documents of one file from number `first` on that are wanted, in order, with those that cannot be used.
 
-    Raises `UserError`, naming the file, for one that is cut short, damaged, or gone.
+    Raises nothing for what the file holds: where it is cut short or damaged, empty or gone, a `Skip` with an empty key
+    comes last.
     """
+    if file.name.endswith(".tar"):
+        yield from _shard_documents(file, text_field, wanted)
+        return
+    read = _parquet_documents if file.name.endswith(".parquet") else _line_documents
+    progress = _Progress()
     try:
-        if file.name.endswith(".parquet"):
-            yield from _parquet_documents(file, text_field, first, wanted)
-        elif file.name.endswith(".tar"):
-            yield from _shard_documents(file, text_field, wanted)
-        else:
-            yield from _line_documents(file, text_field, wanted)
-    except (OSError, EOFError, zlib.error) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{file} cannot be read to its end ({reason}); fetch it again or leave it out") from None
+        yield from read(file, text_field, first, wanted, progress)
+    except DAMAGE as error:
+        if progress.number + 1 == first:
+            return  # the position lies behind this damage, so it was handed out before
+        reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
+        lost = sum(map(wanted, range(progress.number, progress.num_rows)))
+        skip = Skip(key="", reason=f"unreadable file: {reason}", shard=str(file), count=max(1, lost))
+        yield max(progress.number, first), skip
 
 
-def _line_documents(file: Path, text_field: str, wanted: Wanted) -> Iterator[Entry]:
+@dataclass(slots=True)
+class _Progress:
+    """How far a file was read, wanted or not."""
+
+    number: int = 0
+    """Of the document that comes next."""
+    num_rows: int = 0
+    """Documents of the file, where it says so itself."""
+
+
+def _line_documents(file: Path, text_field: str, first: int, wanted: Wanted, progress: _Progress) -> Iterator[Entry]:
     with _open_lines(file) as stream:
         for number in itertools.count():
+            progress.number = number
             line = stream.readline(MAX_DOCUMENT_BYTES + 1)
             if not line:
                 return
@@ -98,13 +125,13 @@ def _line_documents(file: Path, text_field: str, wanted: Wanted) -> Iterator[Ent
 
 
 def _open_lines(file: Path) -> BinaryIO:
-    if file.suffix in (".zst", ".gz") and not file.stat().st_size:
+    if not file.stat().st_size:
         raise EOFError("zero bytes")
     if file.suffix == ".zst":
         import pyarrow
 
         stream = pyarrow.CompressedInputStream(pyarrow.OSFile(str(file)), "zstd")
-        return cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, stream), 1 << 20))
+        return cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, stream), READ_BYTES))
     return cast(BinaryIO, gzip.open(file)) if file.suffix == ".gz" else file.open("rb")
 
 
@@ -128,22 +155,23 @@ def _txt(sample: RawSample) -> str:
     return _decoded(sample.fields["txt"])
 
 
-def _parquet_documents(file: Path, column: str, first: int, wanted: Wanted) -> Iterator[Entry]:
+def _parquet_documents(file: Path, column: str, first: int, wanted: Wanted, progress: _Progress) -> Iterator[Entry]:
     import pyarrow
     from pyarrow import parquet
 
     try:
         with parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20) as opened:
-            number, footer = 0, opened.metadata
+            footer = opened.metadata
+            progress.num_rows = footer.num_rows
             for group in range(footer.num_row_groups):
-                if number + footer.row_group(group).num_rows <= first:
-                    number += footer.row_group(group).num_rows
+                if progress.number + footer.row_group(group).num_rows <= first:
+                    progress.number += footer.row_group(group).num_rows
                     continue
                 for batch in opened.iter_batches(BATCH_ROWS, row_groups=[group], columns=[column]):
                     for value in batch.column(0).cast(pyarrow.large_binary()):
-                        if wanted(number):
-                            yield number, _row(value.as_py(), file, number)
-                        number += 1
+                        if wanted(progress.number):
+                            yield progress.number, _row(value.as_py(), file, progress.number)
+                        progress.number += 1
     except pyarrow.ArrowException as error:
         raise OSError(str(error)) from None
 
@@ -152,21 +180,22 @@ def _row(value: bytes | None, file: Path, number: int) -> str | Skip:
     try:
         if value is None:
             raise SampleRejected("missing text: null")
+        if len(value) > MAX_DOCUMENT_BYTES:
+            raise SampleRejected(f"document too large: over {MAX_DOCUMENT_BYTES} bytes")
         return _checked(_decoded(value))
     except SampleRejected as error:
         return Skip(key=f"row {number}", reason=str(error), shard=str(file))
 
 
 def check_column(file: Path, column: str) -> None:
-    """Raise `UserError` for a parquet file that cannot be read or has no texts in this column."""
+    """Raise `UserError` for a parquet file without texts in this column; one that cannot be read is skipped later."""
     import pyarrow
     from pyarrow import parquet
 
     try:
         schema = parquet.read_schema(file)
-    except (OSError, pyarrow.ArrowException) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{file} cannot be read as parquet ({reason}); fetch it again or leave it out") from None
+    except (OSError, pyarrow.ArrowException):
+        return
     if column not in schema.names:
         raise UserError(f"{file} has no column {column!r}; set data.text_field to one of {', '.join(schema.names)}")
     kind = schema.field(column).type

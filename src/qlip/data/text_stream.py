@@ -42,7 +42,11 @@ class TextPosition:
 
 
 class TextStream:
-    """Every document once per epoch over all ranks, without end."""
+    """Every document once per epoch over all ranks, without end.
+
+    With hardly more files than ranks, epochs of ranks differ in length: each has its own files, and begins its next
+    epoch without waiting for the others.
+    """
 
     def __init__(
         self,
@@ -64,12 +68,14 @@ class TextStream:
             raise UserError(f"shuffle_window {shuffle_window}: give at least 1")
         self.files, self.text_field, self.shuffle_window = text_files(spec), text_field, shuffle_window
         self.seed, self.rank, self.num_ranks, self.ledger = seed, rank, num_ranks, ledger
+        self._by_file = len(self.files) >= num_ranks
         for file in self.files:
             if file.name.endswith(".parquet"):
                 check_column(file, text_field)
-        sizes = "/".join(f"{file.name} {file.stat().st_size}" for file in self.files)
+        # by name alone, so that a folder may move, and a damaged file be mended
+        names = "/".join(file.name for file in self.files)
         self._order = {
-            "text": f"{len(self.files)} files, sha256 {hashlib.sha256(sizes.encode()).hexdigest()[:12]}",
+            "text": f"{len(self.files)} files, sha256 {hashlib.sha256(names.encode()).hexdigest()[:12]}",
             "text_field": text_field,
             "shuffle_window": shuffle_window,
             "seed": seed,
@@ -81,7 +87,9 @@ class TextStream:
     def __iter__(self) -> Iterator[str]:
         """From the resumed position, else from the beginning.
 
-        Raises `UserError` for an unreadable file, for an epoch without any document, and when too many are unusable.
+        Raises `UserError` when too many documents are unusable, and for epochs without any: for the first where every
+        rank has documents of every file, and for as many in a row as there are files, at least two, where ranks have
+        files of their own.
         """
         if not self._resumed:
             self.position = TextPosition(epoch=self._first_epoch)
@@ -96,7 +104,8 @@ class TextStream:
     def resume(self, states: list[dict[str, Any]]) -> None:
         """Go on from the states of all ranks: exactly with as many, else from the epoch after the last that any was in.
 
-        Raises `UserError` when files, field, seed or window have changed.
+        Of a file that was mended since, documents of one window may come again or be left out in this epoch. Raises
+        `UserError` when file names, field, seed or window have changed.
         """
         for state in states:
             refuse_changes(state["order"], self._order)
@@ -113,6 +122,7 @@ class TextStream:
             )
 
     def _documents(self) -> Iterator[str]:
+        empty_epochs = 0
         while True:
             entries = self._entries()
             while window := self._window(entries):
@@ -133,14 +143,20 @@ class TextStream:
                     document=number + 1,
                     num_given=here.num_given,
                 )
-            self.ledger.check()  # an epoch may be shorter than what it waits for
-            if not self.position.num_given:
-                share = f" for rank {self.rank} of {self.num_ranks}" if self.num_ranks > 1 else ""
-                raise UserError(
-                    f"no usable document in {len(self.files)} files from {self.files[0]} on{share}; give files whose "
-                    f"{self.text_field!r} holds text"
-                )
+            empty_epochs = 0 if self.position.num_given else empty_epochs + 1
+            # a rank's files may all be empty; the next epoch gives it others
+            if not empty_epochs or not self._by_file or empty_epochs >= max(2, len(self.files)):
+                self.ledger.check()  # an epoch may be shorter than what it waits for
+                self._refuse_nothing(empty_epochs)
             self.position = TextPosition(epoch=self.position.epoch + 1)
+
+    def _refuse_nothing(self, empty_epochs: int) -> None:
+        if empty_epochs:
+            share = f" for rank {self.rank} of {self.num_ranks}" if self.num_ranks > 1 else ""
+            raise UserError(
+                f"no usable document in {len(self.files)} files from {self.files[0]} on{share}; give files whose "
+                f"{self.text_field!r} holds text"
+            )
 
     def _window(self, entries: Iterator[tuple[int, int, str | Skip]]) -> list[tuple[int, int, str | Skip]]:
         window, num_chars = [], 0
@@ -156,10 +172,10 @@ class TextStream:
         epoch, first = self.position.epoch, self.position.document
         files = list(self.files)
         seeded_random("texts", self.seed, epoch).shuffle(files)
-        by_file = len(files) >= self.num_ranks
-        files = files[self.rank :: self.num_ranks] if by_file else files
+        files = files[self.rank :: self.num_ranks] if self._by_file else files
         for place in range(self.position.file, len(files)):
-            wanted = _numbers(first, rank=0 if by_file else self.rank, num_ranks=1 if by_file else self.num_ranks)
+            split = {"rank": 0, "num_ranks": 1} if self._by_file else {"rank": self.rank, "num_ranks": self.num_ranks}
+            wanted = _numbers(first, **split)
             for number, found in read_documents(files[place], text_field=self.text_field, first=first, wanted=wanted):
                 yield place, number, found
             first = 0

@@ -14,7 +14,7 @@ from qlip.core.errors import UserError
 from qlip.core.log import console
 from qlip.data.items import Item
 from qlip.evals.caption_scores import caption_scores, require_scorers, tokenized, tokenized_references
-from qlip.evals.card import sha256_of_truth
+from qlip.evals.card import pixel_card_fields, sha256_of_truth
 from qlip.evals.inputs import EvalInput
 from qlip.evals.protocols import CaptionSettings, Protocol
 from qlip.evals.text_to_image import SEED_RULE
@@ -23,6 +23,7 @@ from qlip.evals.written import (
     AnyModel,
     captions_of,
     image_numbers,
+    of_its_split,
     require_unified,
     texts_of,
     truths_of,
@@ -60,7 +61,7 @@ class CaptionEvaluator:
         known = truths_of(self.data, _references, least=2, what=what)
         settings = self.settings
         writing = WritingSettings(
-            temperature=settings.temperature, top_p=settings.top_p, max_new_tokens=settings.max_new_tokens
+            temperature=settings.temperature, top_p=settings.top_p, top_k=0, max_new_tokens=settings.max_new_tokens
         )
         collected = self.data.collect(
             self.protocol,
@@ -76,7 +77,6 @@ class CaptionEvaluator:
         scores: list[dict[str, float]] = []
         distributed.on_first_rank(partial(self._score, references, scores))
         scores = distributed.gather_objects(scores)[0]
-        counts = [len(texts) for texts in references]
         self._card = written_card(
             self.protocol,
             unified,
@@ -86,24 +86,9 @@ class CaptionEvaluator:
             device=device,
             started=started,
         )
-        self._card |= {
-            "captions_sha256": sha256_of_truth(collected.keys, references),
-            "num_captions": sum(counts),
-            "references_per_picture": [min(counts), max(counts)],
-            "scorer": scorer,
-            "document_frequencies": "of the references of these pictures",
-            "decoding": "sampling" if settings.temperature else "greedy",
-            "sampling": {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": writing.top_k},
-            "max_new_tokens": settings.max_new_tokens,
-            "empty_captions": self._captions.count(""),
-            "image_ids": numbered_by,
-            **({"seeds": SEED_RULE} if settings.temperature else {}),
-        }
-        if not self._card["complete"]:
-            console.print(
-                f"{self.protocol.name}: {len(references)} pictures, not {self.protocol.count}: CIDEr and BLEU compare "
-                "only with figures of the same pictures"
-            )
+        self._card |= {**pixel_card_fields(collected), **self._about(collected.keys, references)}
+        self._card |= {"scorer": scorer, "image_ids": numbered_by}
+        self._warn_of_other_pictures(len(references))
         return scores[0] | {f"{name}_baseline": value for name, value in scores[1].items()}
 
     def card(self) -> dict[str, Any]:
@@ -113,6 +98,30 @@ class CaptionEvaluator:
     def write_answers(self, folder: Path) -> None:
         """The captions of the last run, as `OUT/<protocol>_captions.json`."""
         write_captions(folder / f"{self.protocol.name}_captions.json", self._numbers, self._captions)
+
+    def _about(self, keys: list[str], references: list[tuple[str, ...]]) -> dict[str, Any]:
+        """What the card says of captions, both ours and people's."""
+        settings, counts = self.settings, [len(texts) for texts in references]
+        return {
+            "captions_sha256": sha256_of_truth(keys, references),
+            "num_captions": sum(counts),
+            "references_per_picture": [min(counts), max(counts)],
+            "document_frequencies": "of the references of these pictures",
+            "decoding": "sampling" if settings.temperature else "greedy",
+            "sampling": {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0},
+            "max_new_tokens": settings.max_new_tokens,
+            "empty_captions": self._captions.count(""),
+            **({"seeds": SEED_RULE} if settings.temperature else {}),
+        }
+
+    def _warn_of_other_pictures(self, count: int) -> None:
+        """Say that figures are of other pictures than the protocol's."""
+        if self._card["complete"]:
+            return
+        what = f"{count} pictures, not {self.protocol.count}"
+        if count == self.protocol.count and not of_its_split(self.protocol, self.data):
+            what = f"{self.data.source.name} does not say that it is the {self.protocol.split} split"
+        console.print(f"{self.protocol.name}: {what}: CIDEr and BLEU compare only with figures of the same pictures")
 
     def _score(self, references: list[tuple[str, ...]], scores: list[dict[str, float]]) -> None:
         """Append the figures of the captions, and of the next picture's first reference."""

@@ -55,13 +55,28 @@ def card_of(
     device: torch.device,
     started: float,
 ) -> dict[str, Any]:
-    """The card that all evaluations share: protocol, data, model, machine. All ranks call it together.
+    """The card of evaluations of a model of pictures: protocol, data, model, machine. All ranks call it together.
 
     `complete`: all pictures that the protocol names, or, where it names no number, all that the data have. `started` is
     `time.monotonic()` of then.
     """
+    return {
+        **data_card_fields(protocol, data=data, collected=collected, baseline=baseline),
+        **pixel_card_fields(collected),
+        "image_size": size,
+        "antialias": True,
+        "model_name": model.name,
+        "patch_size": model.patch_size,
+        "bits_per_token": model.bits_per_token,
+        **model.identity(),
+        **machine_card_fields(data=data, collected=collected, device=device, started=started),
+        "metric_versions": {name: version(name) for name in METRIC_PACKAGES if _installed(name)},
+    }
+
+
+def data_card_fields(protocol: Protocol, *, data: EvalInput, collected: Collected, baseline: str) -> dict[str, Any]:
+    """What was measured on what, whether on all of it, and what the figures stand beside."""
     count = len(collected.keys)
-    digests = collected.rows(PIXEL_DIGEST)[PIXEL_DIGEST]
     cut = bool(data.max_samples) and count + collected.skipped.total() >= data.max_samples
     return {
         **protocol.card(),
@@ -70,23 +85,28 @@ def card_of(
         "baseline": baseline,
         "data": data.source.name,
         "count": count,
-        "duplicates": count - len(digests.unique(dim=0)),
         "skipped": collected.skipped.total(),
         "skipped_reasons": dict(collected.skipped),
         "keys_sha256": sha256_of_names(collected.keys),
-        "pixels_sha256": sha256_of_pixels(digests),
-        "image_size": size,
-        "antialias": True,
-        "model_name": model.name,
-        "patch_size": model.patch_size,
-        "bits_per_token": model.bits_per_token,
-        **model.identity(),
+    }
+
+
+def pixel_card_fields(collected: Collected) -> dict[str, Any]:
+    """Which prepared pictures, and how many of them are there again. All ranks call it together."""
+    digests = collected.rows(PIXEL_DIGEST)[PIXEL_DIGEST]
+    return {"duplicates": len(digests) - len(digests.unique(dim=0)), "pixels_sha256": sha256_of_pixels(digests)}
+
+
+def machine_card_fields(
+    *, data: EvalInput, collected: Collected, device: torch.device, started: float
+) -> dict[str, Any]:
+    """Where, in which batches, when and for how long; `started` is `time.monotonic()` of then."""
+    return {
         "device": device.type,
         "ranks": distributed.world_size(),
         "batch_size": data.batch_size,
         "resumed_parts": collected.num_resumed,
         **run_card_fields(seconds=time.monotonic() - started),
-        "metric_versions": {name: version(name) for name in METRIC_PACKAGES if _installed(name)},
     }
 
 

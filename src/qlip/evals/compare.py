@@ -31,6 +31,7 @@ BLOCKING = (  # a card's keys that begin so, in the order in which they are name
 NOTED = (
     *("dtype", "device", "ranks", "batch_size", "versions", "git_commit", "chat_template_sha256"),
     *("text_tokens_sha256", "data", "skipped", "encoder_network", "encoder_fingerprint", "sampling", "generated_size"),
+    "softmax",
 )
 BASELINE = "_baseline"
 DASH = "\N{EN DASH}"
@@ -246,9 +247,8 @@ def _print_pair(pair: Pair) -> None:
             continue
         value_a, value_b = pair.a["figures"].get(name), pair.b["figures"].get(name)
         better = _better(name, value_a, value_b)
-        key, other = OWN.get(name, ("", ""))
-        if key and card_a.get(key) != card_b.get(key) and better:
-            better = other  # each in its own unit: their difference says nothing
+        others = [words for key, words in OWN.get(name, ()) if card_a.get(key) != card_b.get(key)]
+        better = others[0] if better and others else better  # each in its own unit: their difference says nothing
         table.add_row(escape(_shorten(name)), _value(value_a), _value(value_b), _difference(value_a, value_b), better)
     console.print(table)
     if pair.differences.notes:

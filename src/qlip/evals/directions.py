@@ -25,12 +25,17 @@ LOWER = (
     *("rfid", "gfid", "lpips_alex", "lpips_vgg", "encoder_distance", "fd_encoder", "fd_clip"),
     *("perplexity", "bits_per_byte"),
 )
+ENCODER = ("encoder_fingerprint", "other encoder")
+TOKENIZER = ("text_tokens_sha256", "other tokenizer")
+SOFTMAX = ("softmax", "other softmax")
 OWN = {
-    "encoder_distance": ("encoder_fingerprint", "other encoder"),
-    "fd_encoder": ("encoder_fingerprint", "other encoder"),
-    "perplexity": ("text_tokens_sha256", "other tokenizer"),
+    "encoder_distance": (ENCODER,),
+    "fd_encoder": (ENCODER,),
+    "perplexity": (TOKENIZER, SOFTMAX),
+    "bits_per_byte": (SOFTMAX,),
 }
-"""Measured in units of the model's own: the card's key that says which, and the words where they differ."""
+"""Measured in units of the model's own: the card's keys that say which, and the words where they differ. A separate
+softmax is told that the next id is text, a joint one has to say so: their likelihoods are not of one event."""
 
 
 def direction(figure: str) -> str:

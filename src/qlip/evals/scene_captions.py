@@ -11,14 +11,15 @@ import torch
 
 from qlip.data.items import Item
 from qlip.data.scene_text import dense_caption
-from qlip.evals.card import sha256_of_truth
+from qlip.evals.card import pixel_card_fields, sha256_of_truth
 from qlip.evals.inputs import EvalInput, objects_of_scene
 from qlip.evals.protocols import Protocol, SceneCaptionSettings
-from qlip.evals.scene_sentences import FIGURES, judge_caption, read_caption
+from qlip.evals.scene_sentences import FIGURES, judge_caption, most_frequent_answers, read_caption
 from qlip.evals.written import (
     TEXT,
     AnyModel,
     captions_of,
+    image_numbers,
     require_unified,
     texts_of,
     truths_of,
@@ -39,10 +40,13 @@ class SceneCaptionEvaluator:
         self.details: dict[str, Any] = {}
         self._card: dict[str, Any] = {}
         self._captions: list[str] = []
+        self._numbers: list[int] = []
 
     @torch.inference_mode()
     def run(self, model: AnyModel, device: torch.device) -> dict[str, float]:
-        """Shares in [0, 1] by `scene_sentences.judge_caption`; `<figure>_baseline` is the next scene's dense caption.
+        """Shares in [0, 1] by `scene_sentences.judge_caption`.
+
+        `<figure>_baseline` is the share of the most frequent truth: what one caption for all scenes gets at best.
 
         Ranks share the scenes. Raises `UserError` before any work for a model that writes no captions and for data that
         are no scenes, or fewer than two.
@@ -61,28 +65,26 @@ class SceneCaptionEvaluator:
         )
         self._captions = texts_of(collected.rows(TEXT)[TEXT])
         truths = [scenes[key] for key in collected.keys]
-        others = [dense_caption(truth) for truth in truths[1:] + truths[:1]]
-        figures: dict[str, float] = {}
-        for suffix, captions in (("", self._captions), ("_baseline", others)):
-            found = [judge_caption(caption, truth) for caption, truth in zip(captions, truths, strict=True)]
-            for name in FIGURES:
-                if name + suffix != "parsed_baseline":  # all of them are understood: no chance level
-                    figures[name + suffix] = sum(judged[name] for judged in found) / len(found)
+        self._numbers, numbered_by = image_numbers(collected, dict.fromkeys(scenes))
+        judged = [judge_caption(caption, truth) for caption, truth in zip(self._captions, truths, strict=True)]
+        figures = {name: sum(row[name] for row in judged) / len(judged) for name in FIGURES}
+        figures |= {f"{name}_baseline": share for name, share in most_frequent_answers(truths).items()}
         self.details = _details(self._captions, truths)
         self._card = written_card(
             self.protocol,
             unified,
             data=self.data,
             collected=collected,
-            baseline="the next scene's dense caption",
+            baseline="most frequent answer",
             device=device,
             started=started,
         )
         self._card |= {
+            **pixel_card_fields(collected),
             "truths_sha256": sha256_of_truth(collected.keys, (json.dumps(truth, sort_keys=True) for truth in truths)),
             "decoding": "greedy",
             "empty_captions": self._captions.count(""),
-            "image_ids": "place in the data, from 0",
+            "image_ids": numbered_by,
         }
         return figures
 
@@ -92,8 +94,7 @@ class SceneCaptionEvaluator:
 
     def write_answers(self, folder: Path) -> None:
         """The captions of the last run, as `OUT/<protocol>_captions.json`."""
-        path = folder / f"{self.protocol.name}_captions.json"
-        write_captions(path, range(len(self._captions)), self._captions)
+        write_captions(folder / f"{self.protocol.name}_captions.json", self._numbers, self._captions)
 
 
 def _scene(item: Item) -> dict[str, Any]:

@@ -133,3 +133,23 @@ def judge_caption(caption: str, scene: dict[str, Any]) -> dict[str, bool]:
         "counts": counts,
         "all": around and same("shape", "colour", "size", "place"),
     }
+
+
+def most_frequent_answers(scenes: list[dict[str, Any]]) -> dict[str, float]:
+    """The share of scenes, in [0, 1], in which the best constant caption is right, for each figure but `parsed`.
+
+    That caption says what is true of most scenes: so many objects, these shapes, these shapes in these colours, or all
+    that a dense caption says. The order of objects does not matter.
+    """
+    truths = [truth_of(scene) for scene in scenes]
+
+    def rows(true: Said, *names: str) -> tuple[tuple[str, ...], ...]:
+        return tuple(sorted(tuple(getattr(obj, name) for name in names) for obj in true.objects))
+
+    answers: dict[str, list[Any]] = {
+        "objects": [rows(true, "shape") for true in truths],
+        "colours": [rows(true, "colour", "shape") for true in truths],
+        "counts": [true.count for true in truths],
+        "all": [(true.background, true.texture, rows(true, "shape", "colour", "size", "place")) for true in truths],
+    }
+    return {name: max(Counter(found).values()) / len(scenes) for name, found in answers.items()}

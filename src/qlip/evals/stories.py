@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
 import time
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from qlip.core import distributed
 from qlip.core.errors import UserError
-from qlip.data.items import Item
+from qlip.data.items import Item, Source
+from qlip.data.tar_reader import Skip
 from qlip.evals.card import sha256_of_names, sha256_of_truth
 from qlip.evals.collect import Batch
 from qlip.evals.inputs import EvalInput
@@ -26,8 +31,27 @@ ENDING = re.compile(r"(?P<start>.* stayed) (?P<colour>\w+) for ever\.", re.DOTAL
 WORD = re.compile(r"\w+")
 
 
+class _WithoutPictures:
+    """The same items with one black pixel each: rows are collected of pictures, and stories need none decoded."""
+
+    def __init__(self, source: Source) -> None:
+        self.name, self.class_names, self.num_items = source.name, source.class_names, source.num_items
+        self.identity, self._source, file = source.identity, source, io.BytesIO()
+        Image.new("RGB", (1, 1)).save(file, "PNG")
+        self._pixel = file.getvalue()
+
+    def items(self) -> Iterator[Item | Skip]:
+        """In the source's order."""
+        for item in self._source.items():
+            yield replace(item, image=self._pixel) if isinstance(item, Item) else item
+
+
 class StoryEvaluator:
-    """Perplexity of stories, and the share whose last colour the model says."""
+    """Perplexity of stories, and the share whose last colour the model says.
+
+    Stories are of different lengths and each is scored alone: a batch saves no forward pass. Pictures are not decoded,
+    so a scene whose picture is broken counts, and the card names no pixels.
+    """
 
     def __init__(self, protocol: Protocol, data: EvalInput) -> None:
         assert isinstance(protocol.settings, StorySettings)
@@ -48,7 +72,7 @@ class StoryEvaluator:
         what = "stories; give scene shards, whose json has `story`: `qlip data scenes` makes some"
         stories = truths_of(self.data, _story, least=1, what=what)
         ids = distributed.on_all_ranks(lambda: self._ids(unified, stories))
-        collected = self.data.collect(
+        collected = replace(self.data, source=_WithoutPictures(self.data.source)).collect(
             self.protocol,
             lambda batch: self._measure(unified, stories, batch),
             model=unified,  # type: ignore[arg-type]  # whose identity and side alone are used
@@ -81,6 +105,7 @@ class StoryEvaluator:
         self._card |= {
             "truths_sha256": sha256_of_truth(collected.keys, texts),
             "text_tokens_sha256": sha256_of_names(f"{key}\0{ids[key]}" for key in collected.keys),
+            "softmax": unified.model.config.softmax,
             "num_tokens": tokens,
             "num_bytes": num_bytes,
             "decoding": "greedy",

@@ -6,7 +6,6 @@ OUT/<protocol>_captions.json   [{"image_id": int, "caption": str}], one for each
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -20,7 +19,7 @@ from qlip.core import distributed
 from qlip.core.errors import UserError
 from qlip.data.items import Item
 from qlip.evals.benchmark_files import picture_seed
-from qlip.evals.card import run_card_fields, sha256_of_names
+from qlip.evals.card import data_card_fields, machine_card_fields
 from qlip.evals.collect import Batch, Collected, Measure
 from qlip.evals.inputs import EvalInput, require_ability
 from qlip.evals.protocols import Protocol
@@ -31,6 +30,7 @@ MOST_BYTES = 4096
 """UTF-8 of a written text; what is beyond is cut off."""
 TEXT = "text"
 """The row that `captions_of` makes: (b, MOST_BYTES) uint8, padded with zeros."""
+PLACES = "place among the pictures to be captioned, from 0"
 Truth = TypeVar("Truth")
 AnyModel = MeasuredModel | MeasuredGenerator | Unified
 
@@ -101,36 +101,37 @@ def written_card(
     device: torch.device,
     started: float,
 ) -> dict[str, Any]:
-    """The card of evaluations of written texts; `started` is `time.monotonic()` of then."""
-    count = len(collected.keys)
-    cut = bool(data.max_samples) and count + collected.skipped.total() >= data.max_samples
+    """The card of evaluations of written texts; `started` is `time.monotonic()` of then.
+
+    Data that a protocol wants one split of are `complete` only where their name says that this split was read.
+    """
+    card = data_card_fields(protocol, data=data, collected=collected, baseline=baseline)
     return {
-        **protocol.card(),
-        "complete": count == protocol.count if protocol.count else not cut,
-        "max_samples": data.max_samples,
-        "baseline": baseline,
-        "data": data.source.name,
-        "count": count,
-        "skipped": collected.skipped.total(),
-        "skipped_reasons": dict(collected.skipped),
-        "keys_sha256": sha256_of_names(collected.keys),
+        **card,
+        "complete": card["complete"] and of_its_split(protocol, data),
         "image_size": model.image_size,
         "model_name": model.name,
         **model.identity(),
-        "device": device.type,
-        "ranks": distributed.world_size(),
-        "batch_size": data.batch_size,
-        "resumed_parts": collected.num_resumed,
-        **run_card_fields(seconds=time.monotonic() - started),
+        **machine_card_fields(data=data, collected=collected, device=device, started=started),
     }
 
 
+def of_its_split(protocol: Protocol, data: EvalInput) -> bool:
+    """Whether the data are the split that the protocol is of: sources that chose a split end their names in it."""
+    return not protocol.split or data.source.name.endswith(f" {protocol.split}")
+
+
 def image_numbers(collected: Collected, numbers: dict[str, Any]) -> tuple[list[int], str]:
-    """COCO's number of each picture, and where it is from; the place in the data where some have none or share one."""
-    found = [numbers.get(key) for key in collected.keys]
+    """A number for each picture that was captioned, and where it is from.
+
+    `numbers`: key -> COCO's number, of all pictures that were to be captioned, in the order of the data. Where some
+    have none or share one, it is the picture's place among these, which skipped pictures leave free.
+    """
+    found = [numbers[key] for key in collected.keys]
     if len(set(found)) == len(found) and all(type(number) is int for number in found):
         return cast(list[int], found), "the data"
-    return list(range(len(found))), "place in the data, from 0"
+    places = {key: place for place, key in enumerate(numbers)}
+    return [places[key] for key in collected.keys], PLACES
 
 
 def write_captions(path: Path, numbers: Sequence[int], captions: Sequence[str]) -> None:

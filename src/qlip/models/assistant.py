@@ -18,6 +18,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from qlip.core.chats import chat_text, without_markers
 from qlip.core.errors import UserError
+from qlip.core.precision import cast_parameters
 from qlip.models.baselines import read_config, whole_model
 from qlip.models.chat_templates import IMAGE_TOKEN
 from qlip.models.measured import Ability, sha256_of_config
@@ -121,7 +122,7 @@ class Assistant:
             [] if isinstance(parts.vision_tower, QLIPCodeTower) else [parts.vision_tower, parts.multi_modal_projector]
         )
         for part in (parts.language_model, self.model.lm_head, *seeing):
-            part.to(dtype)
+            cast_parameters(part, dtype)
 
     def inputs(self, prompts: list[ChatPrompt]) -> BatchFeature:
         """Prompts -> `input_ids`, `attention_mask` (b, t), padded on the left, and `pixel_values` of all pictures.

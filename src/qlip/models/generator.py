@@ -5,7 +5,6 @@ config.json  model.safetensors  README.md  image_tokenizer/      (a T5 encoder s
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,19 @@ from torch import Tensor, nn
 from qlip.core.errors import UserError
 from qlip.models.baselines import read_config, whole_model
 from qlip.models.caption_encoder import CaptionEncoder, cleaned_prompt, open_caption_encoder
-from qlip.models.image_tokenizer import ImageTokenizer, QLIPTokenizer, open_image_tokenizer
+from qlip.models.image_tokenizer import (
+    TOKENIZER_FOLDER,
+    ImageTokenizer,
+    QLIPTokenizer,
+    copy_tokenizer,
+    open_image_tokenizer,
+)
 from qlip.models.measured import Ability, sha256_of_config
 from qlip.models.qlip.fingerprint import model_fingerprint
 from qlip.models.qlip.loading import quiet_transformers, write_export
 from qlip.models.qlip.weight_files import find_weight_files, read_headers
 from qlip.models.sampling import OnTokens, Sampler, SamplingConfig
 from qlip.models.text_to_image import TextToImageConfig, TextToImageModel
-
-TOKENIZER_FOLDER = "image_tokenizer"
 
 
 class Generator:
@@ -164,12 +167,7 @@ def save_generator(model: nn.Module, *, folder: Path, tokenizer: str, step: int 
     def write(temporary: Path) -> None:
         with quiet_transformers():
             model.save_pretrained(temporary)
-        source, target = Path(tokenizer), temporary / TOKENIZER_FOLDER
-        if source.is_dir():
-            shutil.copytree(source, target, ignore=shutil.ignore_patterns("checkpoints", ".git"))
-        else:
-            target.mkdir()
-            shutil.copy2(source, target)
+        copy_tokenizer(tokenizer, temporary)
         (temporary / "README.md").write_text(_card(model, step), encoding="utf-8")
 
     write_export(folder, write, step=step, subfolders=(TOKENIZER_FOLDER,))

@@ -5,6 +5,7 @@ Shapes: `b` pictures, `S` their side, `n` tokens in row-major order, `L` bits of
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +17,8 @@ from qlip.core.errors import UserError
 from qlip.models.autoencoders import MeasuredAutoencoder
 from qlip.models.measured import MeasuredQLIP
 from qlip.models.opening import open_measured
+
+TOKENIZER_FOLDER = "image_tokenizer"  # in the folder of a model that writes its tokens
 
 
 class ImageTokenizer(Protocol):
@@ -29,6 +32,8 @@ class ImageTokenizer(Protocol):
     """Rows and columns of tokens; their product is n."""
     num_bits: int
     """L."""
+    device: torch.device
+    """Where pictures and bits have to be."""
     encoder_fingerprint: str
     """sha256 over everything that can change a bit; generators and token stores are tied to it."""
 
@@ -49,7 +54,7 @@ class QLIPTokenizer:
         """Raises `UserError` for a model without quantizer."""
         if not measured.num_bits:
             raise UserError("this model has no quantizer, hence no tokens: take one that was trained with one")
-        self.measured, self.name = measured, measured.name
+        self.measured, self.name, self.device = measured, measured.name, torch.device("cpu")
         self.image_size, self.num_bits = measured.image_size, measured.num_bits
         side = measured.image_size // measured.patch_size
         self.grid = (side, side)
@@ -58,6 +63,7 @@ class QLIPTokenizer:
     def to(self, device: torch.device) -> None:
         """Move it there."""
         self.measured.to(device)
+        self.device = device
 
     @torch.inference_mode()
     def encode(self, pictures: Tensor) -> Tensor:
@@ -82,7 +88,7 @@ class VQTokenizer:
                 f"a {measured.name} takes any side that is a multiple of {measured.patch_size}, not {image_size}: "
                 "say which with --image-size"
             )
-        self.measured, self.name = measured, measured.name
+        self.measured, self.name, self.device = measured, measured.name, torch.device("cpu")
         self.image_size, self.num_bits = image_size, measured.num_bits
         side = image_size // measured.patch_size
         self.grid = (side, side)
@@ -91,6 +97,7 @@ class VQTokenizer:
     def to(self, device: torch.device) -> None:
         """Move it there."""
         self.measured.to(device)
+        self.device = device
 
     @torch.inference_mode()
     def encode(self, pictures: Tensor) -> Tensor:
@@ -116,3 +123,13 @@ def open_image_tokenizer(source: str | Path, *, image_size: int = 0) -> ImageTok
     if isinstance(measured, MeasuredAutoencoder):
         return VQTokenizer(measured, image_size=image_size)
     raise UserError(f"{source} is a {measured.name}, which makes no tokens: give a QLIP, VQ or LlamaGen tokenizer")
+
+
+def copy_tokenizer(source: str, folder: Path) -> None:
+    """A copy of a tokenizer's folder or file as `TOKENIZER_FOLDER` inside `folder`."""
+    target = folder / TOKENIZER_FOLDER
+    if Path(source).is_dir():
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns("checkpoints", ".git"))
+    else:
+        target.mkdir()
+        shutil.copy2(source, target)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from qlip.core.errors import UserError
 from qlip.models.sampling import SamplingConfig, choose, uniform_numbers
 
 NO_IMAGE, UNKNOWN = -1, -2
@@ -79,9 +80,9 @@ def hide_other_modality(logits: Tensor, counts: Tensor, vocabulary: Vocabulary) 
     """Logits (b, s, V), those of the other modality at -inf by `ids_since_begin` (b, s); all stay where unknown."""
     expects_visual = (counts >= 0) & (counts < vocabulary.image_length)
     expects_text = (counts == NO_IMAGE) | (counts == vocabulary.image_length)
-    visual = torch.arange(vocabulary.size, device=logits.device) >= vocabulary.text_size
-    hidden = (expects_visual[..., None] & ~visual) | (expects_text[..., None] & visual)
-    return logits.masked_fill(hidden, float("-inf"))
+    text, visual = logits.split([vocabulary.text_size, vocabulary.visual_size], dim=-1)
+    text = text.masked_fill(expects_visual[..., None], float("-inf"))
+    return torch.cat([text, visual.masked_fill(expects_text[..., None], float("-inf"))], dim=-1)
 
 
 class ModalityLogitsProcessor(LogitsProcessor):
@@ -127,6 +128,8 @@ class SeededChoice(LogitsProcessor):
         """(b, s) ids so far, (b, V) logits -> 0 at the choice of each row, -inf elsewhere."""
         uniforms = self.uniforms[:, input_ids.shape[1] - self.start].to(scores.device)
         possible = scores.isfinite().any(0).nonzero().squeeze(1)  # of a vocabulary mostly one modality's
+        if not len(possible):
+            raise UserError("the model's logits are not finite: take --precision fp32, or other weights")
         chosen = possible[choose(scores[:, possible], uniforms, self.config)]
         return torch.full_like(scores, float("-inf")).scatter_(-1, chosen[:, None], 0.0)
 

@@ -105,7 +105,7 @@ class UM3ForCausalLM(Qwen3ForCausalLM):
 
     def __init__(self, config: UM3Config) -> None:
         super().__init__(config)
-        self.ids = config.vocabulary
+        self.vocabulary = config.vocabulary
         if not config.qk_norm:
             for layer in self.model.layers:
                 layer.self_attn.q_norm, layer.self_attn.k_norm = torch.nn.Identity(), torch.nn.Identity()
@@ -130,7 +130,8 @@ class UM3ForCausalLM(Qwen3ForCausalLM):
         over a large vocabulary would not fit. Position ids that begin anew at 0 begin a document that sees nothing of
         those before it in the row, if neither `attention_mask` nor a cache is given (`use_cache=False`).
         """
-        same = {
+        whole = kwargs.pop("return_dict", True) is not False
+        inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
@@ -139,14 +140,14 @@ class UM3ForCausalLM(Qwen3ForCausalLM):
             **kwargs,
         }
         if labels is not None:
-            hidden = self.model(**same).last_hidden_state
+            hidden = self.model(**inputs).last_hidden_state
             return self._score(hidden, F.pad(labels[:, 1:], (0, 1), value=IGNORED))
-        output = super().forward(**same, logits_to_keep=logits_to_keep)
+        output = super().forward(**inputs, logits_to_keep=logits_to_keep, return_dict=True)
         if self.config.softmax == "separate" and input_ids is not None:
-            counts = ids_since_begin(input_ids, self.ids)
+            counts = ids_since_begin(input_ids, self.vocabulary)
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            output.logits = hide_other_modality(output.logits, counts[:, kept], self.ids)
-        return output
+            output.logits = hide_other_modality(output.logits, counts[:, kept], self.vocabulary)
+        return output if whole else output.to_tuple()
 
     def generate(self, inputs: Tensor | None = None, *, images: bool = True, **kwargs: Any) -> Any:
         """transformers' `generate`; every id stays in its modality, and an image is closed after exactly m ids.
@@ -154,13 +155,13 @@ class UM3ForCausalLM(Qwen3ForCausalLM):
         `images` says whether the model may begin images by itself. Of an image that `max_new_tokens` cuts off there are
         too few ids for a picture.
         """
-        own = ModalityLogitsProcessor(self.ids, images=images)
+        own = ModalityLogitsProcessor(self.vocabulary, images=images)
         processors = LogitsProcessorList([own, *(kwargs.pop("logits_processor", None) or ())])
         return super().generate(inputs, logits_processor=processors, **kwargs)
 
     def _score(self, hidden: Tensor, targets: Tensor) -> UM3Output:
         """States (b, s, d) and what follows each (b, s) -> losses, by chunks of positions."""
-        weight, text_size = self.lm_head.weight, self.ids.text_size
+        weight, text_size = self.lm_head.weight, self.vocabulary.text_size
         states, wanted = hidden.flatten(0, 1), targets.flatten()
         if self.config.softmax == "joint":
             groups = [(wanted >= 0, weight, 0)]

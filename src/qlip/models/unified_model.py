@@ -5,7 +5,6 @@ config.json  generation_config.json  model.safetensors  tokenizer*  README.md  i
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from qlip.core.errors import UserError
+from qlip.core.precision import cast_parameters
 from qlip.models.baselines import read_config, whole_model
+from qlip.models.image_tokenizer import TOKENIZER_FOLDER, copy_tokenizer
 from qlip.models.measured import Ability, sha256_of_config
 from qlip.models.modality import SeededChoice
 from qlip.models.qlip.fingerprint import model_fingerprint
@@ -25,7 +26,7 @@ from qlip.models.qlip.loading import quiet_transformers, write_export
 from qlip.models.qlip.weight_files import find_weight_files, read_headers
 from qlip.models.sampling import OnTokens, SamplingConfig
 from qlip.models.unified import UM3Config, UM3ForCausalLM
-from qlip.models.unified_processor import TOKENIZER_FOLDER, Part, UM3Processor
+from qlip.models.unified_processor import Part, UM3Processor
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -103,7 +104,9 @@ class Unified:
     def to(self, device: torch.device, *, dtype: torch.dtype | None = None) -> None:
         """Move it there; `dtype` is what the model computes in, its weights' own if not given."""
         self.identity()
-        self.model.to(device, dtype)
+        self.model.to(device)
+        if dtype is not None:
+            cast_parameters(self.model, dtype)
         self.processor.image_tokenizer.to(device)
 
     @torch.inference_mode()
@@ -200,7 +203,7 @@ def is_unified(source: str | Path) -> bool:
     return (folder / "config.json").is_file() and read_config(folder).get("model_type") == UM3Config.model_type
 
 
-def open_unified(source: str | Path, *, settings: WritingSettings | None = None) -> Unified:
+def open_unified(source: str | Path) -> Unified:
     """The UM3 in a folder that `save_unified` wrote, on the CPU, in the dtype of its file, in evaluation mode.
 
     Raises `UserError` for any other folder, damaged files and missing parts.
@@ -219,7 +222,7 @@ def open_unified(source: str | Path, *, settings: WritingSettings | None = None)
             )
 
     model = whole_model(folder, load)
-    return Unified(model, UM3Processor.from_pretrained(folder), settings)
+    return Unified(model, UM3Processor.from_pretrained(folder))
 
 
 def save_unified(
@@ -235,12 +238,7 @@ def save_unified(
         with quiet_transformers():
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
-        source, target = Path(image_tokenizer), temporary / TOKENIZER_FOLDER
-        if source.is_dir():
-            shutil.copytree(source, target, ignore=shutil.ignore_patterns("checkpoints", ".git"))
-        else:
-            target.mkdir()
-            shutil.copy2(source, target)
+        copy_tokenizer(image_tokenizer, temporary)
         (temporary / "README.md").write_text(_card(model, step), encoding="utf-8")
 
     write_export(folder, write, step=step, subfolders=(TOKENIZER_FOLDER,))
@@ -258,7 +256,7 @@ pipeline_tag: any-to-any
 
 {sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f}M parameters{trained}. {config.text_vocab_size}
 text ids, {config.vocab_size - config.text_vocab_size} visual ids of {config.image_tokenizer_name} (encoder fingerprint
-{config.image_tokenizer[:12]}), which lies in `{TOKENIZER_FOLDER}`; an image is {model.ids.image_length} ids.
+{config.image_tokenizer[:12]}), which lies in `{TOKENIZER_FOLDER}`; an image is {model.vocabulary.image_length} ids.
 
     qlip generate THIS_FOLDER "a prompt" --out pictures
     qlip caption THIS_FOLDER picture.png

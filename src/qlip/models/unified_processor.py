@@ -21,7 +21,7 @@ from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase
 from qlip.core.chats import without_markers
 from qlip.core.errors import UserError
 from qlip.models.baselines import read_config
-from qlip.models.image_tokenizer import ImageTokenizer, open_image_tokenizer
+from qlip.models.image_tokenizer import TOKENIZER_FOLDER, ImageTokenizer, open_image_tokenizer
 from qlip.models.language_model import open_text_tokenizer
 from qlip.models.modality import Vocabulary, image_spans
 from qlip.models.qlip.pictures import pictures_from
@@ -29,7 +29,6 @@ from qlip.models.qlip.processing import pillow_image_processor
 from qlip.models.unified import UM3Config
 from qlip.models.visual_tokens import bits_to_vocabulary, vocabulary_to_bits
 
-TOKENIZER_FOLDER = "image_tokenizer"
 Part = str | Image.Image
 """A piece of a sequence: text, or a picture (in calls also a path, bytes or an array of one)."""
 
@@ -59,13 +58,13 @@ class UM3Processor:
             parts = [parts]
         batch = parts if parts and isinstance(parts[0], list | tuple) else [parts]
         rows = [self.encode(row) + [self.vocabulary.image_begin] * continue_image for row in batch]
+        return BatchFeature(dict(zip(("input_ids", "attention_mask"), self.padded(rows), strict=True)))
+
+    def padded(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Rows of ids -> ids and mask (b, s), padded on the left."""
         longest, pad = max(map(len, rows)), self.pad_id
-        return BatchFeature(
-            {
-                "input_ids": torch.tensor([[pad] * (longest - len(row)) + row for row in rows]),
-                "attention_mask": torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows]),
-            }
-        )
+        ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
+        return ids, torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
 
     @property
     def pad_id(self) -> int:
@@ -98,7 +97,7 @@ class UM3Processor:
 
     def image_ids(self, pixels: Tensor) -> Tensor:
         """(b, 3, S, S) uint8 -> (b, m) int64 of the vocabulary, without markers."""
-        return self.bits_to_ids(self.image_tokenizer.encode(pixels))
+        return self.bits_to_ids(self.image_tokenizer.encode(pixels.to(self.image_tokenizer.device)))
 
     def bits_to_ids(self, bits: Tensor) -> Tensor:
         """(b, n, L) bool -> (b, m) int64."""
@@ -116,7 +115,8 @@ class UM3Processor:
 
     def decode_image_tokens(self, ids: Tensor) -> list[Image.Image]:
         """(b, m) int64 of the vocabulary -> b pictures. Raises `ValueError` for ids that are no whole picture."""
-        decoded = rearrange(self.image_tokenizer.decode(self.ids_to_bits(ids)), "b c h w -> b h w c")
+        bits = self.ids_to_bits(ids).to(self.image_tokenizer.device)
+        decoded = rearrange(self.image_tokenizer.decode(bits), "b c h w -> b h w c")
         return [Image.fromarray(picture) for picture in decoded.cpu().numpy()]
 
     def decode(self, ids: Sequence[int] | Tensor) -> list[Part]:

@@ -26,7 +26,7 @@ SUBCODE_BITS = 14
 KEPT = (  # of the language model's config
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "rope_parameters"),
-    *("attention_bias", "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id"),
+    *("attention_bias", "attention_dropout"),
 )
 
 
@@ -76,12 +76,17 @@ def widen(
         raise UserError(f"a {given.model_type!r} model cannot be widened: give the folder of a Llama 3 or Qwen3")
     if getattr(given, "mlp_bias", False):
         raise UserError("this Llama has biases in its feed-forward layers, which Qwen3 has not: give another")
+    if "sliding_attention" in (getattr(given, "layer_types", None) or ()):
+        raise UserError("this model attends within a sliding window, which UM3 does not: give another")
     begin, end = add_image_markers(tokenizer)
     text_size = max(given.vocab_size, len(tokenizer))
     division = division_of(images.num_bits, config.division)
     try:
         widened = UM3Config(
             **{name: getattr(given, name) for name in KEPT},
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,  # of the sequences that it is trained on, whatever the given model's
+            pad_token_id=tokenizer.pad_token_id,
             head_dim=getattr(given, "head_dim", None) or given.hidden_size // given.num_attention_heads,
             vocab_size=text_size + sum(1 << size for size in division if 0 < size <= 16),
             text_vocab_size=text_size,

@@ -23,7 +23,7 @@ def um3_1_5b() -> UnifiedRunConfig:
     Command:  torchrun --nproc-per-node 8 --no-python qlip train um3_1_5b --init UM3 --data.text 'DCLM/*.jsonl.zst'
               --data.tokens STORE
     Hardware: 64 GPUs of 80 GB (8 rows each, Table 9), weights and optimizer state sharded; fewer take micro-batches.
-    Time:     about 24 days on 64 H100 (estimate: 600,000 steps x 2.1M tokens, at 35 % of the peak).
+    Time:     about 6 days on 64 H100 (estimate: 600,000 steps x 2.1M ids, 8.5 GFLOPs each, at 35 % of the peak).
     Expect:   ARC-C 34.30, HellaSwag 45.35, PIQA 74.65, SIQA 43.09, WinoGrande 54.22; COCO captions BLEU-4 8.6, METEOR
               20.2, CIDEr 17.3; COCO-30k gFID 44.1, CLIPScore .250 (Table 5). Never run here.
     Open:     two ids a token, sequence order, packing of pairs, end of the cosine, number of GPUs.
@@ -50,7 +50,7 @@ def um3_1_5b_small() -> UnifiedRunConfig:
 
     Command:  qlip train um3_1_5b_small --init UM3 --data.text 'DCLM/*.jsonl.zst' --data.tokens STORE
     Hardware: one GPU of 80 GB.
-    Time:     about 20 hours on one H100 (estimate: 20,000 steps x 131,072 tokens, at 35 % of the peak).
+    Time:     about 17 hours on one H100 (estimate: 20,000 steps x 131,072 ids, at 35 % of the peak).
     Expect:   no row of the paper. Never run here.
     Open:     as `um3_1_5b`; a quarter of the text at the end (3 : 1 : 3), since there is time for few pictures.
     """

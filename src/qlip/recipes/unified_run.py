@@ -25,12 +25,13 @@ from qlip.data.token_store import TokenStore
 from qlip.engine.interfaces import Loader
 from qlip.engine.trainer import TrainerConfig, train
 from qlip.evals.sample_grid import save_grid
-from qlip.models.image_tokenizer import ImageTokenizer, open_image_tokenizer
+from qlip.models.image_tokenizer import TOKENIZER_FOLDER, ImageTokenizer, open_image_tokenizer
 from qlip.models.language_model import TinyLanguageModel, tiny_language_model
 from qlip.models.unified import UM3ForCausalLM
 from qlip.models.unified_model import Unified, is_unified, open_unified, save_unified
-from qlip.models.unified_processor import TOKENIZER_FOLDER, UM3Processor
+from qlip.models.unified_processor import UM3Processor
 from qlip.models.widening import WideningConfig, widen
+from qlip.recipes import RECIPES, find_recipe
 from qlip.recipes.running import LEAST_OF_TRAINER, begin, prepare_folder, refuse_small, said_once, tracker_of
 from qlip.tasks.unified import UnifiedConfig, UnifiedTask
 
@@ -230,6 +231,11 @@ def _refuse_impossible(config: UnifiedRunConfig) -> None:
     if config.init:
         if config.tokenizer:
             raise UserError("--init brings its image tokenizer with it: leave --tokenizer out")
+        base = find_recipe(config.recipe) if config.recipe in RECIPES else config
+        if isinstance(base, UnifiedRunConfig) and (config.widening, config.tiny) != (base.widening, base.tiny):
+            raise UserError(
+                "--init brings its vocabulary with it: leave --widening and --tiny out; `qlip import llama` has options"
+            )
         if not is_unified(config.init):
             raise UserError(f"{config.init} is no UM3: make one with qlip import llama LLAMA OUT --tokenizer QLIP")
     elif not config.fresh_language_model:

@@ -83,7 +83,7 @@ class UnifiedTask:
             parts = {"text_nll": learned & ~visual, "visual_nll": visual}
             parts |= {f"{name}_task_nll": learned & (batch["task_ids"] == number) for number, name in enumerate(TASKS)}
             masks = torch.stack(list(parts.values())).flatten(1).float()  # (parts, b s)
-            sums = torch.stack([masks @ output.nll.flatten(), masks.sum(1)])
+            sums = torch.stack([(masks * output.nll.flatten()).sum(1), masks.sum(1)])  # a product would be autocast
             sums = sum_over_ranks(torch.cat([sums, _share(batch["sample_counts"])], dim=1))
             found = (sums[1] > 0).tolist()
             figures = zip([*parts, "text_share"], found, sums[0] / sums[1], strict=True)

@@ -66,13 +66,15 @@ def um3_1_5b_small() -> UnifiedRunConfig:
 
 
 def scenes_um3_tiny() -> UnifiedRunConfig:
-    """A fresh model of 0.95M parameters that tells stories, captions scenes and draws them; two CPU cores.
+    """A fresh model of 1.05M parameters that tells stories, captions scenes and draws them; two CPU cores.
 
     Command:  qlip train scenes_um3_tiny --tokenizer runs/coarse/export --data.text runs/demo/data/train
               --data.tokens runs/tokens_drawn --data.captioned-tokens runs/tokens_captioned
     Hardware: two CPU cores, under 2 GB of memory.
-    Time:     @@
-    Expect:   @@
+    Time:     14 minutes (measured on an AMD EPYC with AVX2).
+    Expect:   stories of perplexity 1.61 (their unigrams: 48); captions of held-out scenes with all shapes right in
+              19 %, with their colours in 18, the number of objects in 93 (most frequent answers: 6, 1, 55); drawn
+              single objects 25 %, colours 19 (chance 17 and 2), several objects at chance: docs/results/unified.md.
     Open:     as `um3_1_5b`; a row of 256 ids is a sample of text, so ratios of text are small here, five times as large
               at first as at the end as the paper's, and captions get twice its share.
 

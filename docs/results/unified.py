@@ -43,13 +43,14 @@ STORES = {"drawn": ("prompts", "captions.dense"), "captioned": ("captions.dense"
 EVALS = ("scenes-stories-v1", "scenes-captions-v1", "scenes-geneval-v1")
 CAPTIONS = {"objects": "objects", "colours": "colours", "counts": "counts"}
 TAGS = {
-    "single_object": "single\nobject",
-    "two_object": "two\nobjects",
+    "single_object": "single",
+    "two_object": "two",
     "counting": "counting",
     "colors": "colours",
     "position": "position",
-    "color_attr": "colour\nattributes",
+    "color_attr": "attributes",
 }
+GROUPS = {"captions": CAPTIONS, "drawn": TAGS}
 PICTURED = ("a star", "a red ring", "a blue square", "two triangles", "a green heart and a red cross")
 HERE = Path(__file__).parent
 
@@ -156,7 +157,8 @@ def print_tables(summary: dict[str, Any]) -> None:
 def draw(summary: dict[str, Any], pictured: Path) -> None:
     """Bars for captions and drawings, curves of the three losses, and pictures of one model."""
     rows = {TITLES[name]: row for name, row in summary["rows"].items()}
-    draw_bars(HERE / "unified.svg", rows, CAPTIONS | TAGS, summary["chance"], what="right, %")
+    said, drawn = ({key: f"{what}:\n{name}" for key, name in columns.items()} for what, columns in GROUPS.items())
+    draw_bars(HERE / "unified.svg", rows, said | drawn, summary["chance"], what="right, %")
     draw_curves(HERE / "unified_losses.svg", summary)
     draw_pictures(HERE / "unified.png", pictured)
 

@@ -17,7 +17,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -106,12 +106,17 @@ def theirs(task: InstructTask, batch: Batch) -> torch.Tensor:
     return task.model(**batch, use_cache=False).loss
 
 
-def measured(loss_of: Callable[[], torch.Tensor], device: str) -> dict[str, float]:
-    """Seconds of one forward and backward pass, megabytes kept in between, peak megabytes on a GPU."""
+def measured(
+    loss_of: Callable[[], torch.Tensor], device: str, *, uncounted: Iterable[torch.Tensor] = ()
+) -> dict[str, float]:
+    """Seconds of one forward and backward pass, megabytes kept in between but for `uncounted`, peak megabytes on a
+    GPU."""
     held: dict[int, int] = {}
+    left_out = {tensor.untyped_storage().data_ptr() for tensor in uncounted}
 
     def keep(x: torch.Tensor) -> torch.Tensor:
-        held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        if x.untyped_storage().data_ptr() not in left_out:
+            held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
     if device == "cuda":

@@ -22,7 +22,6 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -34,10 +33,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from instruct import measured
 from qlip.apps.demo import machine
 from qlip.core.log import console
 from qlip.core.precision import cast_parameters
-from qlip.engine.parallel import autocast
 from qlip.engine.run_folder import versions
 from qlip.models.modality import SeededChoice
 from qlip.models.sampling import SamplingConfig
@@ -168,29 +167,6 @@ def own_loss(model: UM3ForCausalLM, batch: dict[str, Tensor], *, softmax: str) -
     return model(**batch).loss
 
 
-def measured(loss_of: Callable[[], Tensor], model: UM3ForCausalLM, device: str) -> dict[str, float]:
-    """Seconds of one forward and backward pass, megabytes kept in between, peak megabytes on a GPU."""
-    held: dict[int, int] = {}
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-
-    def keep(x: Tensor) -> Tensor:
-        if x.untyped_storage().data_ptr() not in weights:
-            held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    started = CLOCK[device]()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), autocast(torch.device(device), "auto"):
-        loss = loss_of()
-    loss.backward()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    found = {"seconds": CLOCK[device]() - started, "held_mb": sum(held.values()) / 1e6, "loss": loss.item()}
-    return found | ({"peak_mb": torch.cuda.max_memory_allocated() / 1e6} if device == "cuda" else {})
-
-
 def compare_losses(device: str, rounds: int) -> list[dict[str, Any]]:
     """A row for each softmax. Raises if the joint one is not transformers' loss."""
     model = build(device).train()
@@ -203,7 +179,7 @@ def compare_losses(device: str, rounds: int) -> list[dict[str, Any]]:
     turns: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
     for turn in range(rounds + 1):
         for name, loss_of in variants.items():
-            found = measured(loss_of, model, device)
+            found = measured(loss_of, device, uncounted=model.parameters())
             model.zero_grad(set_to_none=True)
             if turn:
                 turns[name].append(found)

@@ -10,13 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from qlip.models.image_tokenizer import ImageTokenizer, open_image_tokenizer
 from qlip.models.language_model import TinyLanguageModel, tiny_language_model
-from qlip.models.qlip.loading import save_model
-from qlip.models.qlip.modeling import QLIPModel
-from qlip.models.qlip.processing import QLIPProcessor
 from qlip.models.unified import UM3Config, UM3ForCausalLM
 from qlip.models.unified_model import save_unified
 from qlip.models.widening import RESERVED, WideningConfig, widen
-from qlip.recipes.model import ModelConfig, TowerSize
+from tiny_tokenizer import save_tiny_tokenizer
 
 TEXTS = ("a red star", "a blue ring and a red star", "Once upon a time there was a green circle.", "two small stars")
 DIVISION = (7, 7, 7, 7)
@@ -63,26 +60,6 @@ def tiny_um3(*, seed: int = 0, **changes: object) -> UM3ForCausalLM:
         return UM3ForCausalLM(tiny_config(**changes)).eval()
 
 
-def tiny_image_tokenizer_folder(folder: Path, *, seed: int = 0) -> Path:
-    """A QLIP of 16 px: 2 x 2 tokens of 28 bits."""
-    tower = TowerSize(hidden_size=16, num_layers=1, num_heads=2, intermediate_size=24)
-    sizes = ModelConfig(
-        image_size=16,
-        patch_size=8,
-        encoder=tower,
-        decoder=tower,
-        text=tower,
-        context_length=16,
-        projection_dim=16,
-        initializer_range=0.2,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = QLIPModel(sizes.build_config())
-    save_model(model, folder=folder, processor=QLIPProcessor.for_size(16, context_length=16), step=0)
-    return folder
-
-
 def tiny_unified_parts(
     images: ImageTokenizer, *, seed: int = 0, **widening: object
 ) -> tuple[UM3ForCausalLM, PreTrainedTokenizerBase]:
@@ -105,7 +82,7 @@ def tiny_unified_folder(path: Path, *, seed: int = 0, **widening: object) -> Pat
     """
     source = path.with_name(f"{path.name}_images")
     if not source.exists():
-        tiny_image_tokenizer_folder(source)
+        save_tiny_tokenizer(source)
     model, tokenizer = tiny_unified_parts(open_image_tokenizer(source), seed=seed, **widening)
     save_unified(model, folder=path, tokenizer=tokenizer, image_tokenizer=str(source), step=None)
     return path

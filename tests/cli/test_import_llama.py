@@ -17,7 +17,8 @@ from qlip.models import opening
 from qlip.models.qlip.loading import load_processor
 from qlip.models.unified_model import open_unified
 from qlip.models.widening import BEGIN, END, RESERVED
-from tiny_unified import tiny_image_tokenizer_folder, tiny_llama, tiny_llama_folder
+from tiny_tokenizer import save_tiny_tokenizer
+from tiny_unified import tiny_llama, tiny_llama_folder
 
 PROBE = "Once upon a time there was a red star and a blue ring. " * 20
 SMALL = ("--division", 7, 7, 7, 7)
@@ -28,7 +29,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama, an image tokenizer, a text."""
     place = tmp_path_factory.mktemp("weights of others")
     tiny_llama_folder(place / "llama")
-    tiny_image_tokenizer_folder(place / "images")
+    save_tiny_tokenizer(place / "images")
     (place / "probe.txt").write_text(PROBE)
     return place
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_caption_encoder import write_t5
 from test_image_tokenizer import vqgan
 from test_llamagen import written
-from tiny_generators import generator_for, read_vocabularies_once, save_tiny_tokenizer
+from tiny_generators import generator_for, read_vocabularies_once
 
 from qlip.core.errors import UserError
 from qlip.models import generator as module
@@ -22,6 +22,7 @@ from qlip.models.generator import Generator, is_generator, open_generator, save_
 from qlip.models.image_tokenizer import open_image_tokenizer
 from qlip.models.measured import MeasuredGenerator
 from qlip.models.sampling import SamplingConfig
+from tiny_tokenizer import save_tiny_tokenizer
 
 PROMPTS, SEEDS = ["a red star", "two rings, 红"], [3, 4]
 

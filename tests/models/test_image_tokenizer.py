@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_llamagen import DS4, PlainVQGAN, Weights, random_weights, written
-from tiny_generators import read_vocabularies_once, save_tiny_tokenizer
+from tiny_generators import read_vocabularies_once
 from torch import Tensor
 
 from qlip.core.errors import UserError
@@ -17,6 +17,7 @@ from qlip.core.pixels import from_uint8, to_uint8
 from qlip.models.image_tokenizer import ImageTokenizer, QLIPTokenizer, VQTokenizer, open_image_tokenizer
 from qlip.models.qlip.loading import load_model, quiet_transformers
 from qlip.quantizers.ids import bits_to_ids
+from tiny_tokenizer import save_tiny_tokenizer
 
 
 @pytest.fixture(autouse=True, scope="module")

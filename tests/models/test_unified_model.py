@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qlip.core.errors import UserError
 from qlip.models.unified import UM3ForCausalLM
 from qlip.models.unified_model import Unified, WritingSettings, is_unified, open_unified
+from qlip.models.unified_processor import UM3Processor
 from tiny_assistants import some_picture
 from tiny_unified import IMAGE_LENGTH, tiny_llama_folder, tiny_unified_folder
 
@@ -264,3 +265,15 @@ def test_plain_tuples_are_given_where_they_are_asked_for(unified):
     ids = unified.processor(["a star"])["input_ids"]
     logits = unified.model(ids, return_dict=False)[0]
     assert torch.equal(logits, unified.model(ids).logits)
+
+
+def test_model_and_processor_are_saved_as_transformers_users_do(unified, tmp_path):
+    unified.model.save_pretrained(tmp_path / "copy")
+    unified.processor.save_pretrained(tmp_path / "copy")
+    again = open_unified(tmp_path / "copy")
+    assert torch.equal(again.bits(["a red star"], seeds=[3]), unified.bits(["a red star"], seeds=[3]))
+    with pytest.raises(UserError, match="image_tokenizer is there already: choose another folder"):
+        unified.processor.save_pretrained(tmp_path / "copy")
+    by_hand = UM3Processor(unified.processor.tokenizer, unified.processor.image_tokenizer, unified.model.config)
+    with pytest.raises(UserError, match="save its model with save_unified instead"):
+        by_hand.save_pretrained(tmp_path / "other")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from test_llamagen import DS4, random_weights, written
-from tiny_generators import read_vocabularies_once, save_tiny_tokenizer
+from tiny_generators import read_vocabularies_once
 from torch import Tensor
 from transformers import AutoProcessor
 
@@ -22,6 +22,7 @@ from qlip.models.unified_model import save_unified
 from qlip.models.unified_processor import TOKENIZER_FOLDER, UM3Processor
 from qlip.models.widening import RESERVED
 from tiny_assistants import some_picture
+from tiny_tokenizer import save_tiny_tokenizer
 from tiny_unified import IMAGE_LENGTH, tiny_llama, tiny_unified_folder, tiny_unified_parts
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +10,9 @@ from torch import Tensor, nn
 
 from qlip.models import caption_encoder, opening
 from qlip.models.image_tokenizer import ImageTokenizer
-from qlip.models.qlip.loading import save_model
-from qlip.models.qlip.modeling import QLIPModel
 from qlip.models.qlip.processing import QLIPProcessor
 from qlip.models.qlip.tokenizer import clip_tokenizer
 from qlip.models.text_to_image import TextToImageConfig, TextToImageModel
-from qlip.recipes.model import ModelConfig, TowerSize
 
 HEADS = ("flat", "depth", "bitwise")
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -69,27 +65,6 @@ def some_bits(num: int = 3, *, tokens: int = 6, width: int = 6, seed: int = 2) -
 def all_bits(num_bits: int) -> Tensor:
     """(2^L, L) bool, every code once."""
     return torch.cartesian_prod(*[torch.tensor([False, True])] * num_bits).reshape(-1, num_bits)
-
-
-def save_tiny_tokenizer(folder: Path, *, seed: int = 0, quantizer: str = "bsq") -> Path:
-    """A QLIP of 16 px: 2 x 2 tokens of 28 bits, texts of 16 slots and width 16."""
-    tower = TowerSize(hidden_size=16, num_layers=1, num_heads=2, intermediate_size=24)
-    sizes = ModelConfig(
-        image_size=16,
-        patch_size=8,
-        quantizer=quantizer,
-        encoder=tower,
-        decoder=tower,
-        text=tower,
-        context_length=16,
-        projection_dim=16,
-        initializer_range=0.2,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = QLIPModel(sizes.build_config())
-    save_model(model, folder=folder, processor=QLIPProcessor.for_size(16, context_length=16), step=0)
-    return folder
 
 
 def generator_for(tokenizer: ImageTokenizer, *, head: str = "depth", **changes: object) -> TextToImageModel:

@@ -29,7 +29,8 @@ from qlip.models.widening import WideningConfig, widen
 from qlip.recipes import RECIPES, find_recipe
 from qlip.recipes.unified_run import UnifiedRunConfig, run_unified
 from ranks import on_ranks
-from tiny_unified import DIVISION, IMAGE_LENGTH, tiny_image_tokenizer_folder, tiny_llama_folder
+from tiny_tokenizer import save_tiny_tokenizer
+from tiny_unified import DIVISION, IMAGE_LENGTH, tiny_llama_folder
 
 UNIFIED = [name for name in RECIPES if isinstance(find_recipe(name), UnifiedRunConfig)]
 
@@ -38,7 +39,7 @@ UNIFIED = [name for name in RECIPES if isinstance(find_recipe(name), UnifiedRunC
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tower`, a QLIP of 16 px and 2 x 2 tokens; `scenes`, shards; `tokens`, their token store with dense captions."""
     folder = tmp_path_factory.mktemp("home")
-    tiny_image_tokenizer_folder(folder / "tower")
+    save_tiny_tokenizer(folder / "tower")
     write_scene_shards(folder / "scenes", num=40, split="train", config=SceneConfig(image_size=16))
     model, scenes = str(folder / "tower"), str(folder / "scenes")
     tokenize_images(model, scenes, folder / "tokens", caption_fields=("captions.dense",))
@@ -214,7 +215,7 @@ def test_impossible_settings_of_a_unified_run_are_one_line(home, tmp_path, case)
 
 
 def test_a_store_of_another_tokenizer_is_refused_with_both_fingerprints(home, tmp_path):
-    other = tiny_image_tokenizer_folder(tmp_path / "other", seed=1)
+    other = save_tiny_tokenizer(tmp_path / "other", seed=1)
     with pytest.raises(UserError, match=r"was made by encoder [0-9a-f]{64}, this model's is [0-9a-f]{64}"):
         run_unified(tiny(home, tokenizer=str(other)), folder=tmp_path / "run")
 

@@ -21,7 +21,7 @@ from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase
 from qlip.core.chats import without_markers
 from qlip.core.errors import UserError
 from qlip.models.baselines import read_config
-from qlip.models.image_tokenizer import TOKENIZER_FOLDER, ImageTokenizer, open_image_tokenizer
+from qlip.models.image_tokenizer import TOKENIZER_FOLDER, ImageTokenizer, copy_tokenizer, open_image_tokenizer
 from qlip.models.language_model import open_text_tokenizer
 from qlip.models.modality import Vocabulary, image_spans
 from qlip.models.qlip.pictures import pictures_from
@@ -36,15 +36,25 @@ Part = str | Image.Image
 class UM3Processor:
     """`processor([["a red star", picture], ...])` -> ids; `decode(ids)` -> texts and pictures."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, image_tokenizer: ImageTokenizer, config: UM3Config) -> None:
-        """Raises `UserError`, with both fingerprints, for another image tokenizer than the model was made for."""
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        image_tokenizer: ImageTokenizer,
+        config: UM3Config,
+        *,
+        source: str = "",
+    ) -> None:
+        """`source` is where the image tokenizer was read from.
+
+        Raises `UserError`, with both fingerprints, for another image tokenizer than the model was made for.
+        """
         if config.image_tokenizer != image_tokenizer.encoder_fingerprint:
             raise UserError(
                 f"the model writes tokens of {config.image_tokenizer_name} {config.image_tokenizer[:12]}, but this is "
                 f"{image_tokenizer.name} {image_tokenizer.encoder_fingerprint[:12]}: give the image tokenizer that it "
                 "was trained with"
             )
-        self.tokenizer, self.image_tokenizer = tokenizer, image_tokenizer
+        self.tokenizer, self.image_tokenizer, self._source = tokenizer, image_tokenizer, source
         self.vocabulary: Vocabulary = config.vocabulary
         self._image_processor = pillow_image_processor(image_tokenizer.image_size)
 
@@ -153,7 +163,22 @@ class UM3Processor:
             raise UserError(f"{folder}/config.json is no UM3's ({type(error).__name__}): export it again") from None
         size = config.image_size if config.image_tokenizer_name != "QLIPModel" else 0
         images = open_image_tokenizer(folder / TOKENIZER_FOLDER, image_size=size)
-        return cls(open_text_tokenizer(folder), images, config)
+        return cls(open_text_tokenizer(folder), images, config, source=str(folder / TOKENIZER_FOLDER))
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> list[str]:
+        """Write the text tokenizer's files and a copy of the image tokenizer, beside a model that was saved there.
+
+        Returns the paths of the text tokenizer's. Options of transformers have no effect. Raises `UserError` for a
+        processor that does not know where its image tokenizer lies, and for a folder that has one already.
+        """
+        folder = Path(save_directory)
+        if not self._source:
+            raise UserError("this processor was not read from a folder: save its model with save_unified instead")
+        if (folder / TOKENIZER_FOLDER).exists():
+            raise UserError(f"{folder / TOKENIZER_FOLDER} is there already: choose another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        copy_tokenizer(self._source, folder)
+        return list(self.tokenizer.save_pretrained(folder))
 
 
 def _whole(array: np.ndarray) -> Image.Image:

@@ -76,10 +76,10 @@ def scenes_um3_tiny() -> UnifiedRunConfig:
               19 %, with their colours in 18, the number of objects in 93 (most frequent answers: 6, 1, 55); drawn
               single objects 25 %, colours 19 (chance 17 and 2), several objects at chance: docs/results/unified.md.
     Open:     as `um3_1_5b`; a row of 256 ids is a sample of text, so ratios of text are small here, five times as large
-              at first as at the end as the paper's, and captions get twice its share.
+              at first as at the end as the paper's, and captions get half as much again.
 
     The tokenizer is a coarse one, 3 x 3 tokens: `qlip train scenes_tiny --model.patch-size 16`. Pictures of the demo's
-    36 tokens are 144 ids, of which so short a training learns nothing but how they follow each other.
+    36 tokens are 144 ids, from which so short a training learns too little of captions.
     """
     return UnifiedRunConfig(
         recipe="scenes_um3_tiny",

@@ -3,10 +3,10 @@
 .venv/bin/python docs/results/unified.py --out runs/um3          # trains, two hours on two cores; resumes
 .venv/bin/python docs/results/unified.py --out runs/um3 --draw   # table and plots from what is there
 
-`scenes_um3_tiny` with and without each for a quarter of its steps, several seeds; then held-out scenes: stories
-continued, pictures captioned, prompts of GenEval's six kinds drawn. Without calm-down the shares are those of its end
-from the first step on. Writes unified.json, unified.svg, unified_losses.svg and unified.png beside this file, of which
-unified.md says what they show.
+`scenes_um3_tiny` with and without each for a quarter of its steps, several seeds, and once in full; then held-out
+scenes: stories continued, pictures captioned, prompts of GenEval's six kinds drawn. Without calm-down the shares are
+those of its end from the first step on. Writes unified.json, unified.svg, unified_losses.svg and unified.png beside
+this file, of which unified.md says what they show.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ TITLES = {
     "joint": "calm-down, joint softmax",
     "constant_joint": "constant shares, joint softmax",
 }
+FULL = "full"  # the recipe as it stands, on all cores, all held-out scenes
 STORES = {"drawn": ("prompts", "captions.dense"), "captioned": ("captions.dense",)}  # fields of the captions
 EVALS = ("scenes-stories-v1", "scenes-captions-v1", "scenes-geneval-v1")
 CAPTIONS = {"objects": "objects", "colours": "colours", "counts": "counts"}
@@ -72,7 +73,7 @@ def make_stores(out: Path) -> None:
 
 
 def train_one(out: Path, name: str, seed: int, *, steps: int, scenes: int) -> None:
-    """One model on one thread, its figures as <setting>_<seed>.json."""
+    """One model, on one thread unless it is the full recipe; its figures as <setting>_<seed>.json."""
     import torch
 
     from qlip.core.log import read_metrics
@@ -81,8 +82,11 @@ def train_one(out: Path, name: str, seed: int, *, steps: int, scenes: int) -> No
     from qlip.recipes.unified import scenes_um3_tiny
     from qlip.recipes.unified_run import run_unified
 
-    torch.set_num_threads(1)
-    calm_down, softmax = SETTINGS[name]
+    if name == FULL:
+        steps, scenes = scenes_um3_tiny().trainer.steps, 0
+    else:
+        torch.set_num_threads(1)
+    calm_down, softmax = SETTINGS.get(name, (True, "separate"))
     folder = out / f"{name}_{seed}"
     config = scenes_um3_tiny()
     config.tokenizer = str(out / "tokenizer" / "export")
@@ -128,10 +132,18 @@ def summarise(out: Path) -> dict[str, Any]:
                 **{key: [run[key] for run in mine] for key in ("training_seconds", "evaluation_seconds")},
                 "curves_of_seed_0": mine[0]["curves"],
             }
-    given = runs[0]["figures"]
+    given = next(run for run in runs if run["setting"] in SETTINGS)["figures"]
     chance = {name: given[f"{name}_baseline"] for name in figures if f"{name}_baseline" in given}
+    full = next((run for run in runs if run["setting"] == FULL), {})
+    in_full = {key: full[key] for key in ("steps", "figures", "training_seconds", "evaluation_seconds") if full}
     ceiling = ceilings({"tokenizer": out / "tokenizer" / "export"})["tokenizer"]
-    return {"rows": rows, "chance": chance, "right_scenes_through_the_tokenizer": ceiling, **made_with(runs[0])}
+    return {
+        "rows": rows,
+        "chance": chance,
+        "right_scenes_through_the_tokenizer": ceiling,
+        "recipe_in_full": in_full,
+        **made_with(runs[0]),
+    }
 
 
 def print_tables(summary: dict[str, Any]) -> None:
@@ -204,7 +216,6 @@ def main() -> None:
     """Train what is missing, or draw."""
     parser = study_parser(__doc__, steps=1000)
     parser.add_argument("--scenes", type=int, default=1000, help="held-out scenes to tell of and to caption")
-    parser.add_argument("--pictured", type=Path, help="model whose pictures are shown, OUT/um3_0/export if not given")
     options = parser.parse_args()
     if options.one:
         train_one(options.out, options.one[0], int(options.one[1]), steps=options.steps, scenes=options.scenes)
@@ -214,10 +225,11 @@ def main() -> None:
         jobs = [(name, seed) for seed in range(options.seeds) for name in SETTINGS]
         more = ["--steps", str(options.steps), "--scenes", str(options.scenes)]
         train_in_processes(options.out, jobs, parallel=options.parallel, options=more)
+        train_in_processes(options.out, [(FULL, 0)], parallel=1, options=more)
     summary = summarise(options.out)
     (HERE / "unified.json").write_text(json.dumps(summary, indent=1) + "\n")
     print_tables(summary)
-    draw(summary, options.pictured or options.out / "um3_0" / "export")
+    draw(summary, options.out / f"{FULL}_0" / "export")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ from qlip.apps.demo import machine
 from qlip.core.log import console
 from qlip.data.mixing import MixDataConfig, mixing_loader
 from qlip.data.packing import SequenceLayout
-from qlip.data.token_files import TokenRows, TokenStoreInfo, TokenWriter
+from qlip.data.token_files import TokenRows, TokenStoreInfo
+from qlip.data.token_writer import TokenWriter
 from qlip.engine.run_folder import versions
 
 RESULTS = Path(os.environ.get("OUT", Path(__file__).parent / "results"))

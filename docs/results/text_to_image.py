@@ -48,12 +48,14 @@ HERE = Path(__file__).parent
 
 def make_tokens(out: Path) -> None:
     """The demo's scenes, both tokenizers and their token stores."""
+    from qlip.apps.encoding import TokenizeOptions
     from qlip.apps.tokenize import tokenize_images
 
     make_tokenizers(out)
     for name in TOKENIZERS:
         export = out / name / "stage2" / "export"
-        tokenize_images(export, str(out / "data" / "train"), out / name / "tokens", caption_fields=("prompts",))
+        options = TokenizeOptions(model=str(export), out=out / name / "tokens", caption_fields=("prompts",))
+        tokenize_images(str(out / "data" / "train"), options)
 
 
 def train_one(out: Path, name: str, seed: int, steps: int) -> None:

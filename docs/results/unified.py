@@ -58,6 +58,7 @@ HERE = Path(__file__).parent
 
 def make_stores(out: Path) -> None:
     """Scenes, a coarse tokenizer (stage 1), and token stores of pictures to be drawn and to be captioned."""
+    from qlip.apps.encoding import TokenizeOptions
     from qlip.apps.tokenize import tokenize_images
     from qlip.recipes import find_recipe
     from qlip.recipes.run import run_recipe
@@ -69,7 +70,9 @@ def make_stores(out: Path) -> None:
         config.data.train, config.model.patch_size = scenes, 16
         run_recipe(config, folder=out / "tokenizer")
     for name, fields in STORES.items():
-        tokenize_images(str(tokenizer), scenes, out / f"tokens_{name}", caption_fields=fields)
+        tokenize_images(
+            scenes, TokenizeOptions(model=str(tokenizer), out=out / f"tokens_{name}", caption_fields=fields)
+        )
 
 
 def train_one(out: Path, name: str, seed: int, *, steps: int, scenes: int) -> None:

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from qlip import __version__, chat_commands, commands, eval_commands, recipe_commands, token_commands
+from qlip import __version__, chat_commands, commands, eval_commands, recipe_commands, store_commands, token_commands
 from qlip.core.arguments import parse_arguments
 from qlip.core.errors import RankError, UserError, last_line, nearest_name
 
@@ -25,10 +25,16 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "data inspect": commands.data_inspect,
     "data conversations": commands.data_conversations,
     "tokenize": token_commands.tokenize,
+    "detokenize": store_commands.detokenize,
+    "tokens verify": store_commands.tokens_verify,
+    "tokens merge": store_commands.tokens_merge,
+    "tokens export": store_commands.tokens_export,
+    "search": store_commands.search,
     "generate": token_commands.generate,
     "ask": chat_commands.ask,
     "caption": chat_commands.caption,
     "complete": chat_commands.complete,
+    "app": store_commands.app,
     "reconstruct": commands.reconstruct,
     "verify": commands.verify,
     "classify": commands.classify,

@@ -21,41 +21,79 @@ def tokenize(
     split: str = "train",
     caption_fields: tuple[str, ...] = (),
     max_samples: int = 0,
+    views: Literal["centre", "flip", "ten-crop"] = "centre",
+    embeddings: bool = False,
+    compress: bool = False,
     batch_size: int = 100,
     batch_invariant: bool = False,
+    precision: Literal["fp32", "bf16"] = "fp32",
     device: str = "auto",
+    workers: int = -1,
+    max_skip_share: float = 0.05,
+    engine: Literal["local", "ray"] = "local",
+    ray_address: str = "",
+    ray_actors: int = 0,
+    ray_gpus: float = 1.0,
+    ray_cpus: float = 0.0,
 ) -> None:
     """Turn pictures into a token store (Parquet: bits and captions), from which generators are trained.
+
+    A stopped or killed call goes on where it was: start it again. docs/token_store.md has it all.
 
     Example: qlip tokenize runs/demo/stage2/export runs/demo/data/train runs/tokens --caption-fields prompts
 
     Args:
         model: Tokenizer: QLIP folder or hub id, VQModel folder of diffusers, LlamaGen's VQGAN file.
-        src: Pictures: class folders, a flat folder, tar shards, a COCO or Karpathy json, parquet.
-        out: Folder for the store; finished files are kept on a second run.
+        src: Pictures: class folders, a flat folder, tar shards, a COCO or Karpathy json, parquet, a saved HF dataset.
+        out: Folder for the store, a file per shard; finished files are kept on a second run.
         image_size: Side of the pictures in pixels, for VQ tokenizers, which take many.
         images: Folder of the pictures that a COCO or Karpathy json names, if it is not beside it.
-        split: Which split of a Karpathy json or a parquet folder.
+        split: Which split of a Karpathy json, a parquet folder or a saved dataset.
         caption_fields: Fields of the pictures' json that hold captions (captions.short); `prompts` are those of scenes.
         max_samples: Take the first so many pictures; 0 takes all.
-        batch_size: Pictures encoded together.
+        views: What is cut from each: its centre, both ways round (2 rows), or ten crops (10 rows).
+        embeddings: Also store the text-aligned embedding (float16), for qlip search --text.
+        compress: Entropy-code the bits (pip install 'qlip[codec]'); smaller, and slower to read.
+        batch_size: Rows encoded together.
         batch_invariant: Encode picture by picture, so that no bit depends on the batch; slower.
+        precision: bf16 is faster on a GPU and flips a few bits.
         device: auto, cpu, cuda, ...
+        workers: Processes that decode pictures (of each actor, with ray); -1 fits the machine, 0 uses threads.
+        max_skip_share: Stop when a larger share of the pictures cannot be used.
+        engine: This machine, or a Ray cluster (docs/tokenize_cluster.md).
+        ray_address: Of the cluster's head; `auto` finds the cluster of this machine, empty starts one here.
+        ray_actors: Tokenizers at work at once; 0 is as many as fit.
+        ray_gpus: GPUs of each, also a fraction; 0 for CPUs.
+        ray_cpus: CPUs of each; 0 is one and its decoders.
     """
-    from qlip.apps.tokenize import tokenize_images
+    from qlip.apps.encoding import TokenizeOptions
+    from qlip.apps.tokenize import RayOptions, default_workers, tokenize_images
 
-    tokenize_images(
-        model,
-        src,
-        out,
+    if workers < 0:
+        workers = default_workers(device) if engine == "local" else 0
+    options = TokenizeOptions(
+        model=model,
+        out=out,
         image_size=image_size,
-        images=images,
-        split=split,
         caption_fields=caption_fields,
-        max_samples=max_samples,
+        views=views,
         batch_size=batch_size,
         batch_invariant=batch_invariant,
+        precision=precision,
+        embeddings=embeddings,
+        compress=compress,
         device=device,
+        workers=workers,
+        max_skip_share=max_skip_share,
+    )
+    tokenize_images(
+        src,
+        options,
+        images=images,
+        split=split,
+        max_samples=max_samples,
+        engine=engine,
+        ray=RayOptions(address=ray_address, actors=ray_actors, gpus=ray_gpus, cpus=ray_cpus),
     )
 
 

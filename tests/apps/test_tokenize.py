@@ -1,4 +1,4 @@
-"""A store holds the bits of every usable picture, the same after any kill, and nothing of another call."""
+"""A store holds the bits of every usable picture, whoever decodes it and whatever kills it, and nothing else."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ import torch
 from PIL import Image
 
 from qlip.apps import tokenize
+from qlip.apps.encoding import TokenizeOptions
 from qlip.apps.tokenize import tokenize_images
 from qlip.core.errors import UserError
 from qlip.core.images import ImageLimits, open_image
 from qlip.data.caption_fields import captions_of_item
 from qlip.data.items import Item
-from qlip.data.token_files import TokenWriter
 from qlip.data.token_store import TokenStore
+from qlip.data.token_writer import TokenWriter
 from qlip.data.transforms import prepared_pixels
 from qlip.models.image_tokenizer import open_image_tokenizer
 from qlip.models.qlip.loading import save_model
@@ -66,23 +67,32 @@ def picture(number: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def shard(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "00000.tar"
-    with tarfile.open(path, "w") as tar:
-        for number in range(NUM):
-            record = {"captions": {"short": f"short {number}", "long": f"long {number}"}, "also": ["x", f"y {number}"]}
-            members = {"png": picture(number), "json": json.dumps(record).encode(), "txt": f"plain {number}".encode()}
-            if number == 14:
-                del members["png"]
-            for ending, content in members.items():
-                member = tarfile.TarInfo(f"{number:03d}.{ending}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-    return path
+    """A folder of four shards, six pictures each."""
+    folder = tmp_path_factory.mktemp("data")
+    for first in range(0, NUM, 6):
+        with tarfile.open(folder / f"{first // 6:05d}.tar", "w") as tar:
+            for number in range(first, min(first + 6, NUM)):
+                add_sample(tar, number)
+    return folder
+
+
+def add_sample(tar: tarfile.TarFile, number: int) -> None:
+    record = {"captions": {"short": f"short {number}", "long": f"long {number}"}, "also": ["x", f"y {number}"]}
+    members = {"png": picture(number), "json": json.dumps(record).encode(), "txt": f"plain {number}".encode()}
+    if number == 14:
+        del members["png"]
+    for ending, content in members.items():
+        member = tarfile.TarInfo(f"{number:03d}.{ending}")
+        member.size = len(content)
+        tar.addfile(member, io.BytesIO(content))
 
 
 def made(model: Path, shard: Path, out: Path, **options: Any) -> TokenStore:
-    small: dict[str, Any] = {"batch_size": 4, "part_items": 6, "max_skip_share": 0.1, "device": "cpu"}
-    return TokenStore(tokenize_images(model, str(shard), out, **(small | options)))
+    how: dict[str, Any] = {"batch_size": 4, "max_skip_share": 0.1, "device": "cpu"}
+    names = TokenizeOptions.__dataclass_fields__
+    how |= {name: value for name, value in options.items() if name in names}
+    others = {name: value for name, value in options.items() if name not in names}
+    return TokenStore(tokenize_images(str(shard), TokenizeOptions(model=str(model), out=out, **how), **others))
 
 
 def contents(store: TokenStore) -> list[tuple]:
@@ -226,3 +236,53 @@ def test_a_full_disk_is_one_line(model: Path, shard: Path, tmp_path: Path, monke
     with pytest.raises(UserError, match=r"cannot write .*00001\.skipped\.jsonl: No space left"):
         made(model, shard, tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["00000.parquet"]
+
+
+def test_views_embeddings_and_compression(model: Path, shard: Path, tmp_path: Path) -> None:
+    plain = made(model, shard, tmp_path / "plain", batch_invariant=True)
+    rich = made(
+        model,
+        shard,
+        tmp_path / "rich",
+        batch_invariant=True,
+        views="flip",
+        embeddings=True,
+        compress=True,
+        batch_size=8,
+    )
+    assert rich.verify() == len(rich) == 2 * len(plain) and rich.info.views == ("centre", "centre, mirrored")
+    tokenizer = tokenize.open_image_tokenizer(model)
+    for file, group, _ in rich.row_groups:
+        rows = rich.read_rows(file, group, with_embeddings=True)
+        for place in range(0, len(rows.keys), 2):
+            key = rows.keys[place]
+            assert rows.keys[place + 1] == f"{key}#1"
+            square = prepared_pixels(open_image(picture(int(key)), limits=ImageLimits()), size=16)
+            both = torch.stack([square, square.flip(-1)])
+            expected, embeddings = tokenizer.encode_with_embeddings(both)
+            assert (rich.unpack(rows.packed[place : place + 2]) != expected).sum() <= 1
+            assert np.abs(rows.embeddings[place : place + 2] - embeddings.numpy()).max() < 1e-3
+    assert contents(rich)[::2] == contents(plain), "compressed bits are the same bits"
+
+
+def test_classes_of_folders_and_names_that_repeat(model: Path, tmp_path: Path) -> None:
+    for number, name in enumerate(("b cat", "a dog", "a dog")):
+        (tmp_path / "pictures" / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "pictures" / name / f"{number}.png").write_bytes(picture(number))
+    store = made(model, tmp_path / "pictures", tmp_path / "out", part_items=2)
+    assert store.info.class_names == ("a dog", "b cat") and len(store.files) == 2
+    assert {row.key: row.label for row in store} == {"b cat/0.png": 1, "a dog/1.png": 0, "a dog/2.png": 0}
+    for name in ("a", "b"):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            add_sample(tar, 3)
+    with pytest.raises(UserError, match=r"key 003 is in a\.parquet and in b\.parquet"):
+        made(model, Path(f"{tmp_path}/?.tar"), tmp_path / "twice")
+
+
+def test_too_many_broken_pictures_stop_the_work_early(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    for number in range(400):
+        (tmp_path / "pictures" / f"{number}.png").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"200 of 200 samples skipped, .*not an image"):
+        made(model, tmp_path / "pictures", tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir()), "no half file"

@@ -75,7 +75,7 @@ def test_a_recipes_help_lists_its_fields(qlip):
     [
         (["reconstrukt"], "command 'reconstrukt' is unknown: did you mean 'reconstruct'?"),
         (["data", "scene", "out"], "command 'data scene' is unknown: did you mean 'data scenes'?"),
-        (["xyzzy"], "command 'xyzzy' is unknown: known: ask, balance, caption, check"),
+        (["xyzzy"], "command 'xyzzy' is unknown: known: app, ask, balance, caption, check"),
         (["train", "scenes_tinny"], "recipe 'scenes_tinny' is unknown: did you mean 'scenes_tiny'?"),
         (["train", "scenes_tiny", "--trainer.step", "3"], "option --trainer.step is unknown: did you mean '--trainer."),
         (["eval", "m", "--data", "d", "--max-sample", "3"], "option --max-sample is unknown: did you mean '--max-samp"),

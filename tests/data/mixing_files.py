@@ -9,7 +9,8 @@ import torch
 
 from qlip.data.mixing import MixDataConfig, MixingLoader, mixing_loader
 from qlip.data.packing import SequenceLayout
-from qlip.data.token_files import TokenRows, TokenStoreInfo, TokenWriter, pack_bits
+from qlip.data.token_files import TokenRows, TokenStoreInfo, pack_bits
+from qlip.data.token_writer import TokenWriter
 
 BOS, EOS, BEGIN, END, FIRST_VISUAL = 256, 257, 258, 259, 300
 FINGERPRINT = "a" * 64

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from qlip.core.errors import UserError
-from qlip.data.token_files import TokenRows, TokenStoreInfo, TokenWriter, pack_bits
+from qlip.data.token_files import TokenRows, TokenStoreInfo, pack_bits
 from qlip.data.token_loader import TokenDataConfig, TokenLoader, token_loader
 from qlip.data.token_store import TokenStore
+from qlip.data.token_writer import TokenWriter
 
 INFO = TokenStoreInfo(encoder_fingerprint="a" * 64, num_bits=9, grid=(2, 2))
 FILES = (17, 1, 23, 12)  # rows, in row groups of 4

@@ -10,10 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from qlip.core.errors import UserError
-from qlip.data.token_files import TokenRows, TokenStoreInfo, TokenWriter, pack_bits, unpack_bits
+from qlip.data.token_dataset import TokenDataset
+from qlip.data.token_files import TokenRows, TokenStoreInfo, pack_bits, unpack_bits
 from qlip.data.token_store import TokenStore
+from qlip.data.token_writer import TokenWriter
 
 INFO = TokenStoreInfo(encoder_fingerprint="a" * 64, num_bits=28, grid=(2, 3), source={"name": "pictures"})
 CAPTIONS = [(), ("a star",), ("a star", "ein Stern \N{WHITE STAR}")]
@@ -206,3 +209,19 @@ def test_nothing_there_is_refused(tmp_path: Path) -> None:
     for place in (tmp_path, tmp_path / "none"):
         with refused("qlip tokenize"):
             TokenStore(place)
+
+
+def test_a_data_loader_reads_every_row_once(tmp_path: Path) -> None:
+    bits = random_bits(40)
+    write(tmp_path / "0.parquet", bits[:25])
+    write(tmp_path / "1.parquet", bits[25:], first=25)
+    seen: dict[str, torch.Tensor] = {}
+    for rank in (0, 1):
+        dataset = TokenDataset(tmp_path, rank=rank, num_ranks=2)
+        for batch in DataLoader(dataset, batch_size=4, num_workers=2):
+            assert batch["bits"].dtype == torch.bool and batch["label"].tolist() == [-1] * len(batch["key"])
+            for key, row, caption in zip(batch["key"], batch["bits"], batch["caption"], strict=True):
+                assert key not in seen and caption == next(iter(CAPTIONS[int(key[-4:]) % 3]), "")
+                seen[key] = row
+    assert sorted(seen) == [f"key/{place:04d}" for place in range(40)]
+    assert torch.equal(torch.stack([seen[key] for key in sorted(seen)]), bits)

@@ -42,4 +42,4 @@ def test_files_named_in_the_text_exist():
 
 def test_each_can_be_read_in_one_sitting():
     assert len(MAP.splitlines()) < 140
-    assert len(FILES.splitlines()) < 260  # a list to look things up in
+    assert len(FILES.splitlines()) < 300  # a list to look things up in

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from test_readme import ROOT, check, shell_commands
 from torch.distributed.run import get_args_parser
 
@@ -30,6 +31,8 @@ import json, os, pathlib, subprocess, sys
 name, words = pathlib.Path(sys.argv[0]).name, sys.argv[1:]
 with open(os.environ["RECORD"], "a") as file:
     file.write(json.dumps([name, *words]) + "\\n")
+if name == "ray" and words == ["status"]:  # there is a cluster once `ray start` was called
+    sys.exit('["ray", "start"' not in pathlib.Path(os.environ["RECORD"]).read_text())
 if name == "scontrol":
     print("node0\\nnode1")
 while name == "srun" and words[0].startswith("-"):
@@ -48,7 +51,7 @@ def called(script: list[str], folder: Path, **variables: str) -> list[list[str]]
     """Every command that the script calls, with its words."""
     stand_ins = folder / "bin"
     stand_ins.mkdir()
-    for name in ("qlip", "torchrun", "srun", "sbatch", "scontrol"):
+    for name in ("qlip", "torchrun", "srun", "sbatch", "scontrol", "ray"):
         (stand_ins / name).write_text(RECORDER.format(python=sys.executable))
         (stand_ins / name).chmod(0o755)
     environment = {"PATH": f"{stand_ins}:{os.environ['PATH']}", "RECORD": str(folder / "record"), **variables}
@@ -137,6 +140,38 @@ def test_a_signal_puts_the_job_back_into_the_queue(tmp_path):
     )
     assert done.returncode == 0
     assert (tmp_path / "record").read_text().splitlines()[-1] == "requeue 7"
+
+
+def test_slurm_tokenizes_on_a_ray_cluster_with_an_actor_for_each_gpu(tmp_path):
+    words = ["a model", "{00000..00003}.tar", "out", "--compress"]
+    calls = called(["-c", 'sbatch runs/tokenize_ray.slurm "$@"', "bash", *words], tmp_path)
+    (command,) = [qlip_call(call) for call in calls if call[0] == "qlip"]
+    check(command)
+    assert command[:5] == ["tokenize", *words]
+    options = dict(zip(command[5::2], command[6::2], strict=True))
+    assert options["--ray-actors"] == "16" and (options["--engine"], options["--ray-address"]) == ("ray", "auto")
+    (start,) = [call for call in calls if call[:2] == ["ray", "start"]]
+    assert "--head" in start and start[start.index("--port") + 1] == "6379" and "--block" in start
+    cpus, gpus = (int(start[start.index(name) + 1]) for name in ("--num-cpus", "--num-gpus"))
+    assert gpus * (int(options["--workers"]) + 1) == cpus, "an actor has a CPU for itself and one for each decoder"
+
+
+def test_kubernetes_job_asks_for_what_its_actors_need():
+    job = yaml.safe_load((ROOT / "runs" / "tokenize_ray.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    command = shlex.split(job["spec"]["entrypoint"])
+    check(command[1:])
+    options = dict(zip(command[5::2], command[6::2], strict=True))
+    cluster = job["spec"]["rayClusterSpec"]
+    (workers,) = cluster["workerGroupSpecs"]
+    pods = [group["template"]["spec"] for group in (cluster["headGroupSpec"], workers)]
+    (head,), (worker,) = (pod["containers"] for pod in pods)
+    limits = worker["resources"]["limits"]
+    assert int(options["--ray-actors"]) == workers["replicas"] * int(limits["nvidia.com/gpu"])
+    assert int(options["--workers"]) + 1 == int(limits["cpu"]) and options["--ray-gpus"] == "1"
+    assert head["image"] == worker["image"] and head["volumeMounts"] == worker["volumeMounts"]
+    assert pods[0]["volumes"] == pods[1]["volumes"]
+    assert all(path.startswith(head["volumeMounts"][0]["mountPath"] + "/") for path in command[2:5])
 
 
 def test_launch_lines_of_the_training_page_parse():

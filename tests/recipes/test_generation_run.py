@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from qlip.apps.encoding import TokenizeOptions
 from qlip.apps.tokenize import tokenize_images
 from qlip.core.config import from_json, to_json
 from qlip.core.errors import UserError
@@ -70,8 +71,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("home")
     save_tokenizer(folder / "tokenizer", seed=0)
     write_scene_shards(folder / "scenes", num=24, split="train", config=SceneConfig(image_size=16))
-    options: dict[str, Any] = {"caption_fields": ("prompts",), "device": "cpu"}
-    tokenize_images(folder / "tokenizer", str(folder / "scenes"), folder / "tokens", **options)
+    options = TokenizeOptions(
+        model=str(folder / "tokenizer"), out=folder / "tokens", caption_fields=("prompts",), device="cpu"
+    )
+    tokenize_images(str(folder / "scenes"), options)
     return folder
 
 

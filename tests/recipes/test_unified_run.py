@@ -14,6 +14,7 @@ import torch
 from tiny_assistant_runs import changed, figures_of, moved, weights_of
 from torch import Tensor
 
+from qlip.apps.encoding import TokenizeOptions
 from qlip.apps.tokenize import tokenize_images
 from qlip.core.config import from_json, to_json
 from qlip.core.errors import UserError
@@ -41,8 +42,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("home")
     save_tiny_tokenizer(folder / "tower")
     write_scene_shards(folder / "scenes", num=40, split="train", config=SceneConfig(image_size=16))
-    model, scenes = str(folder / "tower"), str(folder / "scenes")
-    tokenize_images(model, scenes, folder / "tokens", caption_fields=("captions.dense",))
+    options = TokenizeOptions(
+        model=str(folder / "tower"), out=folder / "tokens", caption_fields=("captions.dense",), device="cpu"
+    )
+    tokenize_images(str(folder / "scenes"), options)
     return folder
 
 

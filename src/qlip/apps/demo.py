@@ -19,9 +19,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from qlip.apps.encoding import TokenizeOptions
 from qlip.apps.generate import generate_pictures
 from qlip.apps.report import write_report
-from qlip.apps.tokenize import tokenize_images
+from qlip.apps.tokenize import default_workers, tokenize_images
 from qlip.core.log import console
 from qlip.data.scene_shards import write_scene_shards
 from qlip.data.scenes import SceneConfig
@@ -162,9 +163,10 @@ def _text_to_image(out: Path, train_data: Path, test_data: Path, *, seed: int, t
     config.tokenizer, config.data.tokens = str(tokenizer), str(out / "tokens")
     config.trainer.steps, config.trainer.seed = GENERATOR_STEPS, seed
     with timings.part("tokens"):
-        tokenize_images(
-            tokenizer, str(train_data), out / "tokens", caption_fields=("prompts",), max_samples=NUM_TOKENIZED
+        options = TokenizeOptions(
+            model=str(tokenizer), out=out / "tokens", caption_fields=("prompts",), workers=default_workers("auto")
         )
+        tokenize_images(str(train_data), options, max_samples=NUM_TOKENIZED)
     with timings.part(f"{name} training"):
         export = run_generation(config, folder=out / name)
     fingerprint = open_generator(export).identity()["model_fingerprint"]

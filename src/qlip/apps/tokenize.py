@@ -1,248 +1,196 @@
-"""`qlip tokenize MODEL SRC OUT`: pictures to a token store, in this process, resumed where it was stopped.
+"""`qlip tokenize MODEL SRC OUT`: pictures to a token store, on this machine or a Ray cluster, resumed where it stopped.
 
-    source -> parts of 10,000 items -> decode in threads -> batch -> tokenizer -> OUT/00000.parquet, 00001.parquet, ...
+    source -> parts (a shard each, or 10,000 items) -> token_parts.py makes OUT/<part>.parquet of each -> OUT is a store
 
 Parts are cut before anything is decoded and a file appears whole or not at all, so what exists is finished, and rows
-are the same after any kill. Pictures that cannot be used are listed in `00000.skipped.jsonl` beside the part's file.
+are the same after any kill and with any engine.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
-from itertools import chain, count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
+from qlip.apps.encoding import TokenizeOptions
+from qlip.apps.token_parts import PartDone, PartMaker, finished
 from qlip.core import pixels
 from qlip.core.config import differences, to_json
 from qlip.core.errors import UserError
-from qlip.core.images import ImageLimits, ImageRejected, open_image
 from qlip.core.log import ProgressLine, console, progress
-from qlip.data.caption_fields import captions_of_item, check_fields
-from qlip.data.items import Item, Source
-from qlip.data.ledger import Ledger, kind_of
+from qlip.data.caption_fields import check_fields
+from qlip.data.items import Source
+from qlip.data.ledger import Ledger
+from qlip.data.source_parts import Part, limited_parts, parts_of
 from qlip.data.sources import open_source
-from qlip.data.tar_reader import Skip
-from qlip.data.token_files import TokenRows, TokenStoreInfo, TokenWriter, pack_bits
+from qlip.data.token_files import TokenStoreInfo
 from qlip.data.token_store import TokenStore
-from qlip.data.transforms import prepared_pixels
+from qlip.data.views import VIEWS, resized_side
 from qlip.engine.parallel import pick_device
 from qlip.engine.run_folder import make_writable
 from qlip.models.baselines import MINUS_ONE_TO_ONE
 from qlip.models.image_tokenizer import ImageTokenizer, QLIPTokenizer, VQTokenizer, open_image_tokenizer
 
-PART = 10_000  # items of a file; a kill loses at most so many
+PART = 10_000  # items of a file that is made of no shard; a kill loses at most so many
 VERSIONS = ("qlip", "torch", "transformers", "pillow", "pyarrow")
-MAY_CHANGE = ("created", "versions", "picture_decoder", "encoding.device")  # between a run and its resumption
-Picture = tuple[Item, Tensor, tuple[int, int]]
-"""An item, its prepared pixels (3, S, S) uint8, and its own width and height."""
+MAY_CHANGE = ("created", "versions", "picture_decoder", "encoding.device", "decoder.path", "codec")  # when resumed
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class RayOptions:
+    """Where and how wide a job runs on Ray."""
+
+    address: str = ""
+    """Of a cluster; empty starts one on this machine, `auto` finds the one that this machine belongs to."""
+    actors: int = 0
+    """Tokenizers at work; 0 is as many as the cluster has room for."""
+    gpus: float = 1.0
+    """GPUs of each; 0 computes on CPUs."""
+    cpus: float = 0.0
+    """CPUs of each; 0 is one and its decoders."""
 
 
 def tokenize_images(
-    model: str | Path,
     src: str,
-    out: str | Path,
+    options: TokenizeOptions,
     *,
-    image_size: int = 0,
     images: str = "",
     split: str = "train",
-    caption_fields: tuple[str, ...] = (),
     max_samples: int = 0,
-    batch_size: int = 100,
-    batch_invariant: bool = False,
-    device: str = "auto",
-    max_skip_share: float = 0.05,
     part_items: int = PART,
+    engine: Literal["local", "ray"] = "local",
+    ray: RayOptions | None = None,
 ) -> Path:
-    """Write the bits and captions of every picture; returns the folder, which `TokenStore` opens.
+    """Write the bits and captions of every picture of `src` to `options.out`, which `TokenStore` opens; returns it.
 
-    `image_size`, `images` and `split` are those of `open_image_tokenizer` and `open_source`. `caption_fields` of the
-    pictures' json replace their plain captions where a picture has any: dots reach inside (`captions.short`), and
-    `prompts` are all prompts that are true of a procedural scene. `max_samples` takes the first so many, 0 all.
-    `batch_invariant` encodes QLIP's pictures one by one in float32, so that no bit depends on the batch; slower.
-    Finished files of an earlier call are kept.
+    `images` and `split` are those of `open_source`. `max_samples` takes the first so many, 0 all. `part_items` is the
+    size of files that are not made of shards. Finished files of an earlier call are kept.
 
     Raises `UserError` for a model or data that cannot be opened, a folder of other tokens, a caption field that no
-    picture has, a larger share than `max_skip_share` of unusable pictures, and a full disk.
+    picture has, a larger share than `options.max_skip_share` of unusable pictures, keys that come twice, a full disk.
     """
-    folder = Path(out).expanduser()
-    if min(batch_size, part_items) < 1 or max_samples < 0:
-        raise UserError(f"batch_size {batch_size}, max_samples {max_samples}: give at least 1, and 0 or more")
-    tokenizer = open_image_tokenizer(model, image_size=image_size)
+    options = replace(options, out=options.out.expanduser())
+    if min(options.batch_size, part_items) < 1 or max_samples < 0:
+        raise UserError(f"batch_size {options.batch_size}, max_samples {max_samples}: give at least 1, and 0 or more")
+    tokenizer = open_image_tokenizer(options.model, image_size=options.image_size)
     source = open_source(src, images=images, split=split)
-    check_fields(source, caption_fields)
-    place = pick_device(device)
-    taken = {"caption_fields": list(caption_fields), "max_samples": max_samples, "part_items": part_items}
-    encoding = {"device": place.type, "batch_size": batch_size, "batch_invariant": batch_invariant}
-    info = _info(tokenizer, encoding, {"name": source.name, "identity": source.identity(), **taken})
-    encode = _encoder(tokenizer, place, batch_invariant=batch_invariant)
-    _refuse_other_tokens(folder, info)
-    make_writable(folder)
-    tokenizer.to(place)
-    ledger = Ledger(None, max_skip_share=max_skip_share)
-    start, total = _count_finished(folder, ledger), min(filter(None, (max_samples, source.num_items)), default=0)
-    with progress("tokenize", total, start=start) as bar, ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
-        job = _Job(
-            info=info,
-            encode=encode,
-            image_size=tokenizer.image_size,
-            caption_fields=caption_fields,
-            batch_size=batch_size,
-            ledger=ledger,
-            num_done=start,
-            threads=threads,
-            bar=bar,
-        )
-        for file, entries in _parts(source, folder, max_samples=max_samples, part_items=part_items):
-            if not file.exists():
-                job.write(file, entries)
-    return _concluded(job, source, folder)
+    check_fields(source, options.caption_fields)
+    parts = parts_of(source, max_items=part_items)
+    parts = limited_parts(parts, max_samples) if max_samples else parts
+    taken = {
+        "caption_fields": list(options.caption_fields),
+        "max_samples": max_samples,
+        "parts": len(parts),
+        "part_items": part_items,
+    }
+    said = {"name": source.name, "identity": source.identity(), **taken}
+    info = store_info(tokenizer, options, said, class_names=source.class_names)
+    _refuse_other_tokens(options.out, info)
+    make_writable(options.out)
+    job = _Job(options=options, info=info, total=min(filter(None, (max_samples, source.num_items)), default=0))
+    todo = job.count_finished(parts)
+    if engine == "ray":
+        job.make_on_ray(todo, ray or RayOptions())
+    else:
+        job.make_here(todo, tokenizer)
+    return job.concluded(source)
 
 
 @dataclass(kw_only=True, slots=True)
 class _Job:
-    """What all parts share."""
+    """All parts, and what is known of them."""
 
+    options: TokenizeOptions
     info: TokenStoreInfo
-    encode: Callable[[Tensor], Tensor]
-    """(b, 3, S, S) uint8 -> (b, n, L) bool, both on the CPU."""
-    image_size: int
-    caption_fields: tuple[str, ...]
-    batch_size: int
-    ledger: Ledger
-    threads: ThreadPoolExecutor
-    bar: ProgressLine
-    num_done: int
-    """Items and skips so far, those of finished files among them."""
+    total: int
+    """Items of the source; 0 where only reading tells."""
+    num_done: int = 0
+    """Items and skips of finished parts and of what is being made."""
+    ledger: Ledger = None  # type: ignore[assignment]  # made below
 
-    def write(self, file: Path, entries: Iterator[Item | Skip]) -> None:
-        """Make one file."""
-        skips: list[Skip] = []
-        with TokenWriter(file, self.info) as writer:
-            waiting: list[Picture] = []
-            for entry in self._prepared(entries):
-                self.num_done += 1
-                if isinstance(entry, Skip):
-                    self.ledger.skip(entry, epoch=0)
-                    skips.append(entry)
-                    continue
-                self.ledger.good()
-                waiting.append(entry)
-                if len(waiting) == self.batch_size:
-                    writer.write(self._rows(waiting))
-                    waiting = []
-            if waiting:
-                writer.write(self._rows(waiting))
-            _write_skips(_skipped_file(file), skips)  # before the rename: a finished file has them beside it
+    def __post_init__(self) -> None:
+        self.ledger = Ledger(None, max_skip_share=self.options.max_skip_share)
 
-    def _prepared(self, entries: Iterator[Item | Skip]) -> Iterator[Picture | Skip]:
-        """In their order; pictures of the next batch are decoded while this one is encoded."""
-        pending: deque[Future[Picture | Skip] | Skip] = deque()
-        for entry in chain(entries, [None]):
-            while pending and (entry is None or len(pending) >= 2 * self.batch_size):
-                first = pending.popleft()
-                yield first if isinstance(first, Skip) else first.result()
-            if isinstance(entry, Item):
-                pending.append(self.threads.submit(_prepare, entry, self.image_size))
-            elif entry is not None:
-                pending.append(entry)
+    def count_finished(self, parts: list[Part]) -> list[Part]:
+        """The parts that are still to be made; those of an earlier call are counted."""
+        todo = []
+        for part in parts:
+            done = finished(self.options.out, part[0], num_views=len(self.info.views))
+            if done is None:
+                todo.append(part)
+            else:
+                self.ledger.add(num_good=done.num_good, skipped=done.skipped)
+                self.num_done += done.num_entries
+        return todo
 
-    def _rows(self, batch: list[Picture]) -> TokenRows:
-        """One forward pass, padded with copies of the last picture so that all have one shape."""
-        padding = [batch[-1][1]] * (self.batch_size - len(batch))
-        bits = self.encode(torch.stack([pixel for _, pixel, _ in batch] + padding))[: len(batch)]
-        self.bar.update(self.num_done)
-        return TokenRows(
-            keys=[item.key.encode("utf-8", "backslashreplace").decode() for item, _, _ in batch],
-            packed=pack_bits(bits),
-            captions=[captions_of_item(item, fields=self.caption_fields) for item, _, _ in batch],
-            sizes=[size for _, _, size in batch],
-        )
+    def make_here(self, parts: list[Part], tokenizer: ImageTokenizer) -> None:
+        """In this process and its decoders."""
+        maker = PartMaker(self.options, self.info, tokenizer=tokenizer)
+        maker.ledger.load_state_dict(self.ledger.state_dict())
+        threads = torch.get_num_threads()
+        if maker.device.type == "cpu":  # decoders and encoder share the cores
+            torch.set_num_threads(max(1, threads - self.options.workers))
+        try:
+            with progress("tokenize", self.total, start=self.num_done) as bar:
+                self._collect(maker.make(parts, on_rows=self._moved(bar)))
+        finally:
+            torch.set_num_threads(threads)
+            maker.close()
 
+    def make_on_ray(self, parts: list[Part], ray: RayOptions) -> None:
+        """On the actors of a cluster."""
+        from qlip.apps.tokenize_ray import make_on_ray
 
-def _parts(
-    source: Source, folder: Path, *, max_samples: int, part_items: int
-) -> Iterator[tuple[Path, Iterator[Item | Skip]]]:
-    """Runs of so many items or skips, each with its file; what the caller leaves of a run is passed over."""
-    entries = _first(source.items(), max_samples) if max_samples else iter(source.items())
-    for number in count():
-        first = next(entries, None)
-        if first is None:
-            return
-        part = chain([first], islice(entries, part_items - 1))
-        yield folder / f"{number:05d}.parquet", part
-        deque(part, maxlen=0)
+        with progress("tokenize", self.total, start=self.num_done) as bar:
+            self._collect(
+                make_on_ray(
+                    self.options,
+                    self.info,
+                    parts,
+                    address=ray.address,
+                    num_actors=ray.actors,
+                    gpus_per_actor=ray.gpus,
+                    cpus_per_actor=ray.cpus or 1 + self.options.workers,
+                    on_rows=self._moved(bar),
+                )
+            )
 
+    def concluded(self, source: Source) -> Path:
+        """Check the whole store and say what it is."""
+        folder = self.options.out
+        self.ledger.check()
+        if not self.ledger.num_good:
+            raise UserError(f"{source.name}: no usable picture; give data that have some")
+        TokenStore(folder).refuse_repeated_keys()
+        rows, skipped = self.ledger.num_good * len(self.info.views), self.ledger.skipped
+        bits = f"{self.info.num_tokens} x {self.info.num_bits} bits in {folder}"
+        views = f" in {len(self.info.views)} views: {rows} rows" if len(self.info.views) > 1 else ""
+        left_out = f", {skipped.total()} skipped ({folder}/*.skipped.jsonl)" if skipped else ""
+        console.print(f"{self.ledger.num_good} pictures{views} of {bits}{left_out}")
+        return folder
 
-def _first(entries: Iterable[Item | Skip], num: int) -> Iterator[Item | Skip]:
-    """As far as item number `num`."""
-    for entry in entries:
-        yield entry
-        num -= isinstance(entry, Item)
-        if not num:
-            return
+    def _collect(self, parts: Iterator[PartDone]) -> None:
+        for done in parts:
+            self.ledger.add(num_good=done.num_good, skipped=done.skipped)
 
+    def _moved(self, bar: ProgressLine) -> Callable[[int], None]:
+        def moved(num: int) -> None:
+            self.num_done += num
+            bar.update(self.num_done)
 
-def _prepare(item: Item, size: int) -> Picture | Skip:
-    try:
-        image = open_image(item.image, limits=ImageLimits())
-        return item, prepared_pixels(image, size=size), image.size
-    except ImageRejected as rejected:
-        return Skip(key=item.key, reason=str(rejected), shard="")
+        return moved
 
 
-def _skipped_file(file: Path) -> Path:
-    return file.with_suffix(".skipped.jsonl")
-
-
-def _count_finished(folder: Path, ledger: Ledger) -> int:
-    """Add what the files of an earlier call hold to the ledger; how many items and skips that is."""
-    num_skips = 0
-    for file in sorted(folder.glob("*.parquet")):
-        ledger.num_good += len(TokenStore(file))
-        skipped_file = _skipped_file(file)
-        for line in skipped_file.read_text().splitlines() if skipped_file.exists() else ():
-            skip = json.loads(line)
-            ledger.skipped[kind_of(skip["reason"])] += skip["count"]
-            num_skips += 1
-    return ledger.num_good + num_skips
-
-
-def _write_skips(file: Path, skips: list[Skip]) -> None:
-    try:
-        file.unlink(missing_ok=True)
-        if skips:
-            lines = [{"key": s.key, "reason": s.reason, "shard": s.shard, "count": s.count} for s in skips]
-            file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    except OSError as error:
-        raise UserError(f"cannot write {file}: {error.strerror}; free disk space or choose another OUT") from None
-
-
-def _encoder(tokenizer: ImageTokenizer, place: torch.device, *, batch_invariant: bool) -> Callable[[Tensor], Tensor]:
-    if not batch_invariant:
-        return lambda pictures: tokenizer.encode(pictures.to(place)).cpu()
-    if not isinstance(tokenizer, QLIPTokenizer):
-        raise UserError(f"a {tokenizer.name} has no batch-invariant encoding: leave --batch-invariant out")
-    measured = tokenizer.measured
-    if measured.identity()["dtype"] != "float32":
-        raise UserError(
-            f"batch-invariant encoding needs float32 weights, these are {measured.identity()['dtype']}: "
-            "leave --batch-invariant out"
-        )
-    return lambda pictures: measured.model.encode(measured.pixel_values(pictures.to(place)), batch_invariant=True).cpu()
-
-
-def _info(tokenizer: ImageTokenizer, encoding: dict[str, Any], source: dict[str, Any]) -> TokenStoreInfo:
+def store_info(
+    tokenizer: ImageTokenizer, options: TokenizeOptions, source: dict[str, Any], *, class_names: tuple[str, ...] = ()
+) -> TokenStoreInfo:
+    """What the files of a store say of themselves."""
     said = tokenizer.measured.identity() if isinstance(tokenizer, QLIPTokenizer | VQTokenizer) else {}
     is_qlip = isinstance(tokenizer, QLIPTokenizer)
     mean, std = (pixels.CLIP_MEAN, pixels.CLIP_STD) if is_qlip else (MINUS_ONE_TO_ONE.mean, MINUS_ONE_TO_ONE.std)
@@ -251,9 +199,14 @@ def _info(tokenizer: ImageTokenizer, encoding: dict[str, Any], source: dict[str,
         encoder_fingerprint=tokenizer.encoder_fingerprint,
         num_bits=tokenizer.num_bits,
         grid=tokenizer.grid,
-        decoder={"name": tokenizer.name, "fingerprint": said.get("model_fingerprint", "")},
+        decoder={
+            "name": tokenizer.name,
+            "fingerprint": said.get("model_fingerprint", ""),
+            "path": options.model,
+        },
         transform={
             "size": size,
+            "resize": resized_side(size, options.views),
             "filter": "bicubic",
             "antialias": True,
             "crop": "centre",
@@ -261,11 +214,26 @@ def _info(tokenizer: ImageTokenizer, encoding: dict[str, Any], source: dict[str,
             "std": list(std),
         },
         picture_decoder={"library": "pillow", "version": version("pillow")},
-        encoding={"dtype": said.get("dtype", ""), **encoding},
+        encoding={
+            "dtype": said.get("dtype", "") if options.precision == "fp32" else "bfloat16 autocast",
+            "device": pick_device(options.device).type,
+            "batch_size": options.batch_size,
+            "batch_invariant": options.batch_invariant,
+            "compressed": options.compress,
+        },
         versions={name: version(name) for name in VERSIONS},
         source=source,
+        views=VIEWS[options.views],
+        class_names=class_names,
+        embedding_width=tokenizer.embedding_width if options.embeddings and isinstance(tokenizer, QLIPTokenizer) else 0,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def default_workers(device: str) -> int:
+    """Decoders beside an encoder: half the cores if it needs the other half, else all but one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores // 2 if pick_device(device).type == "cpu" else min(32, cores - 1)
 
 
 def _refuse_other_tokens(folder: Path, info: TokenStoreInfo) -> None:
@@ -278,13 +246,3 @@ def _refuse_other_tokens(folder: Path, info: TokenStoreInfo) -> None:
     if changed:
         more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise UserError(f"{folder} holds other tokens: {'; '.join(changed[:3])}{more}; choose another OUT or delete it")
-
-
-def _concluded(job: _Job, source: Source, folder: Path) -> Path:
-    ledger, info = job.ledger, job.info
-    ledger.check()
-    if not ledger.num_good:
-        raise UserError(f"{source.name}: no usable picture; give data that have some")
-    skipped = f", {ledger.skipped.total()} skipped ({folder}/*.skipped.jsonl)" if ledger.skipped else ""
-    console.print(f"{ledger.num_good} pictures of {info.num_tokens} x {info.num_bits} bits in {folder}{skipped}")
-    return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, TypeVar
 
 import pydantic
@@ -11,15 +12,21 @@ from qlip.core.errors import UserError
 T = TypeVar("T")
 
 
+@cache
+def _adapter(cls: Any) -> pydantic.TypeAdapter:
+    """Making one costs milliseconds."""
+    return pydantic.TypeAdapter(cls)
+
+
 def to_json(config: Any) -> dict[str, Any]:
     """A dataclass, with its nested ones, as plain JSON values."""
-    return pydantic.TypeAdapter(type(config)).dump_python(config, mode="json")
+    return _adapter(type(config)).dump_python(config, mode="json")  # type: ignore[arg-type]  # types hash
 
 
 def from_json(cls: type[T], values: dict[str, Any]) -> T:
     """The dataclass of plain JSON values. Raises `UserError` naming the first unknown or mistyped field."""
     try:
-        config = pydantic.TypeAdapter(cls).validate_python(values)
+        config = _adapter(cls).validate_python(values)  # type: ignore[arg-type]
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"config field {'.'.join(map(str, first['loc']))}: {first['msg']}; mend config.json") from None

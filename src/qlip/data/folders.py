@@ -60,7 +60,7 @@ class PictureFolder:
     def items(self) -> Iterator[Item | Skip]:
         """In the order of their names' sha256, so that the first so many are of all classes."""
         labels = {folder: label for label, folder in enumerate(self.folders)}
-        for key in sorted(self.keys, key=lambda key: hashlib.sha256(os.fsencode(key)).digest()):
+        for key in shuffled_keys(self.keys):
             if not _is_text(key):
                 yield Skip(key=os.fsencode(key).decode("ascii", "backslashreplace"), reason="name not UTF-8", shard="")
             else:
@@ -92,6 +92,11 @@ class CaptionedFiles:
     def items(self) -> Iterator[Item | Skip]:
         """In the table's order."""
         yield from self.listed
+
+
+def shuffled_keys(keys: list[str]) -> list[str]:
+    """Names of files in the order of their sha256, whatever bytes they are made of."""
+    return sorted(keys, key=lambda key: hashlib.sha256(os.fsencode(key)).digest())
 
 
 def open_picture_folder(root: Path) -> PictureFolder | None:

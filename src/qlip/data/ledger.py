@@ -42,6 +42,12 @@ class Ledger:
         self.skipped[kind_of(skip.reason)] += skip.count
         self._check_if_due(added=skip.count)
 
+    def add(self, *, num_good: int, skipped: dict[str, int]) -> None:
+        """Samples that somebody else has counted, the skipped ones by kind. May raise as `check` does."""
+        self.num_good += num_good
+        self.skipped.update(skipped)
+        self._check_if_due(added=num_good + sum(skipped.values()))
+
     def check(self) -> None:
         """Raise `UserError` with the most frequent reasons when too large a share is skipped."""
         num_skipped = self.skipped.total()

@@ -1,4 +1,4 @@
-"""What a user's words for the data of an evaluation mean: the door to shards, folders, COCO's json and parquet.
+"""What a user's words for the data of an evaluation mean: the door to shards, folders, COCO's json and tables.
 
 Nothing is ever downloaded; docs/data.md says where data sets come from and how they must lie.
 """
@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from qlip.core.errors import UserError
+from qlip.data.arrow_folder import is_saved_dataset, open_saved_dataset
 from qlip.data.coco import KARPATHY_ZIP, open_captions
 from qlip.data.folders import (
     METADATA_FILES,
@@ -20,28 +21,33 @@ from qlip.data.folders import (
     open_picture_folder,
 )
 from qlip.data.items import Source
-from qlip.data.parquet import ParquetSource, open_parquet, open_parquet_folder
+from qlip.data.parquet import open_parquet, open_parquet_folder
 from qlip.data.question_files import QuestionFiles, is_question_file, open_questions
 from qlip.data.remote import RemoteShard
 from qlip.data.shard_list import expand_shards, split_sources
 from qlip.data.shard_source import ShardSource, open_shards, read_names
+from qlip.data.table_rows import TableSource
 
-WHAT = "a folder of pictures or class folders, tar shards, a COCO or Karpathy json, parquet, questions (docs/data.md)"
+WHAT = (
+    "a folder of pictures or class folders, tar shards, a COCO or Karpathy json, parquet, a folder of save_to_disk, "
+    "questions (docs/data.md)"
+)
 ARCHIVES = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 SPLIT_FOLDERS = frozenset(("train", "val", "valid", "validation", "test"))
 COCO_FOLDERS = frozenset(f"{split}{year}" for split in ("train", "val", "test") for year in (2014, 2015, 2017))
 KARPATHY_FILES = ("dataset_coco.json", "dataset_flickr30k.json", "dataset_flickr8k.json")
 WNID = re.compile(r"n\d{8}")
 NUM_IMAGENET_CLASSES = 1000
-AnySource = ShardSource | PictureFolder | CaptionedFiles | ParquetSource | QuestionFiles
+AnySource = ShardSource | PictureFolder | CaptionedFiles | TableSource | QuestionFiles
 
 
 def open_source(spec: str, *, images: str = "", split: str = "test", labels: Path | None = None) -> Source:
-    """Shards, a folder of pictures (class folders, flat, with metadata), COCO's or Karpathy's json, parquet, questions.
+    """Shards, a folder of pictures (class folders, flat, with metadata), COCO's or Karpathy's json, parquet, a data set
+    of Hugging Face's `save_to_disk`, questions.
 
-    `images` is where the pictures of a json or of question files are; `split` chooses of Karpathy's json and of parquet
-    folders. `labels` is a text file of class names that replaces those of the data: one a line in the order of the
-    labels, or `folder<TAB>name` lines for the data's own names in any order.
+    `images` is where the pictures of a json or of question files are; `split` chooses of Karpathy's json, of parquet
+    folders and of saved data sets. `labels` is a text file of class names that replaces those of the data: one a line
+    in the order of the labels, or `folder<TAB>name` lines for the data's own names in any order.
 
     Raises `UserError`, which says what was found and what to give, for anything else, and as the readers do.
     """
@@ -76,7 +82,7 @@ def _class_remedy(source: Source, num_classes: int) -> str:
         if any(key.name.startswith("ILSVRC2012_img_val") for key in source.shards):
             return _sort_val(source.shards[0].name)
         return "put the names into classnames.txt beside the shards, one a line, or give --labels FILE"
-    if isinstance(source, ParquetSource):
+    if isinstance(source, TableSource):
         return "give a file whose column label has class names in Hugging Face's metadata, or --labels FILE"
     if isinstance(source, PictureFolder) and not source.folders:
         if source.keys[0].startswith("ILSVRC2012_val_"):
@@ -178,6 +184,8 @@ def _open_folder(path: Path, split: str) -> AnySource:
             )
         _refuse_splits(path, entries)
         return open_shards(str(path))
+    if is_saved_dataset(path):
+        return open_saved_dataset(path, split=split)
     tables = [path / name for name in METADATA_FILES if name in names]
     if len(tables) > 1:
         raise UserError(f"{path} holds {' and '.join(METADATA_FILES)}; give the one that counts")

@@ -2,19 +2,19 @@
 
 Columns: `key` string, `bits` fixed_size_binary[ceil(n L / 8)], `caption` string or null, `captions` list<string> (all
 texts of a picture that has several, the first of them is `caption`; else null), `width`, `height` int32 of the picture
-before it was resized. Other columns are ignored. The schema's metadata has one key, `qlip.tokens`: `TokenStoreInfo` as
-JSON. Tokens come row by row of the grid, within a token bit 0 first, packed most significant bit first.
+before it was resized, `label` int32 or null. Optional: `embedding` fixed_size_list<float16>[e], the text-aligned
+embedding; and in compressed files `coded` binary, the bits as `bit_codec.py` codes them, takes the place of `bits`.
+Other columns are ignored. The schema's metadata has one key, `qlip.tokens`: `TokenStoreInfo` as JSON. Tokens come row
+by row of the grid, within a token bit 0 first, packed most significant bit first.
 
-Shapes: `r` rows, `n` tokens, `L` bits of a token.
+Shapes: `r` rows, `n` tokens, `L` bits of a token, `e` width of embeddings.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -23,13 +23,11 @@ from torch import Tensor
 
 from qlip.core.config import from_json, to_json
 from qlip.core.errors import UserError
+from qlip.data.bit_codec import BitModel
 
 METADATA_KEY = b"qlip.tokens"
 FORMAT_VERSION = 1
-ROW_GROUP_ROWS = 2048  # 1.8 MB of bits at 256 tokens of 28 bits: what training reads at a time
 REMEDY = "remove it and run qlip tokenize again, which makes what is missing"
-COMPRESSION = {"bits": "none", "width": "zstd", "height": "zstd"}  # bits do not compress
-TEXT_COLUMNS = ("key", "caption", "captions.list.element")
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -54,6 +52,14 @@ class TokenStoreInfo:
     """Of qlip, torch, transformers, pillow, pyarrow."""
     source: dict[str, Any] = field(default_factory=dict)
     """Which data, and how captions were taken from them."""
+    views: tuple[str, ...] = ("centre",)
+    """What is cut from every picture (`data/views.py`): so many rows of a picture follow each other in a file."""
+    class_names: tuple[str, ...] = ()
+    """What `label` counts."""
+    embedding_width: int = 0
+    """e; 0 without embeddings. They belong to the model whose fingerprint `decoder` has."""
+    codec: dict[str, Any] = field(default_factory=dict)
+    """`BitModel.to_json` of a compressed file; empty where bits are packed."""
     created: str = ""
     """Time in UTC, ISO 8601."""
     format_version: int = FORMAT_VERSION
@@ -86,6 +92,21 @@ class TokenRows:
     """Texts of each picture, none if it has none."""
     sizes: list[tuple[int, int] | None]
     """Width and height before the transform."""
+    labels: list[int | None] | None = None
+    """Classes; None is none for every row."""
+    embeddings: np.ndarray | None = None
+    """(r, e) float16 of norm 1, in a store that has them and when they were asked for."""
+
+    def between(self, start: int, stop: int) -> TokenRows:
+        """Rows `start` to `stop`, the last left out."""
+        return TokenRows(
+            keys=self.keys[start:stop],
+            packed=self.packed[start:stop],
+            captions=self.captions[start:stop],
+            sizes=self.sizes[start:stop],
+            labels=None if self.labels is None else self.labels[start:stop],
+            embeddings=None if self.embeddings is None else self.embeddings[start:stop],
+        )
 
 
 def pack_bits(bits: Tensor) -> np.ndarray:
@@ -99,103 +120,23 @@ def unpack_bits(packed: np.ndarray, *, num_tokens: int, num_bits: int) -> Tensor
     return torch.from_numpy(flat.reshape(len(packed), num_tokens, num_bits))
 
 
-class TokenWriter:
-    """One token file: written under a temporary name and renamed when it is whole, so what exists is finished."""
-
-    def __init__(self, path: Path, info: TokenStoreInfo, *, row_group_rows: int = ROW_GROUP_ROWS) -> None:
-        """Use as a context manager: an error inside leaves no file. Raises `UserError` when it cannot be written."""
-        self.path, self.info, self.row_group_rows = path, info, row_group_rows
-        self._temporary = path.with_suffix(".tmp")
-        self._waiting: list[tuple[str, bytes, tuple[str, ...], tuple[int, int] | None]] = []
-        self._schema = _schema(info)
-        try:
-            self._writer = _parquet_writer(self._temporary, self._schema)
-        except OSError as error:
-            raise self._cannot_write(error) from None
-
-    def __enter__(self) -> TokenWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self._finish()
-        else:
-            self._discard()
-
-    def write(self, rows: TokenRows) -> None:
-        """Append. Raises `UserError` for bits of another width, or when the disk is full."""
-        if rows.packed.shape[1:] != (self.info.row_bytes,):
-            raise UserError(f"{self.path}: rows of {rows.packed.shape[1:]} bytes; pack (r, n, L) with pack_bits")
-        self._waiting += zip(rows.keys, map(bytes, rows.packed), rows.captions, rows.sizes, strict=True)
-        while len(self._waiting) >= self.row_group_rows:
-            self._write_group()
-
-    def _finish(self) -> None:
-        if self._waiting:
-            self._write_group()
-        try:
-            self._writer.close()
-            self._temporary.replace(self.path)
-        except OSError as error:
-            self._discard()
-            raise self._cannot_write(error) from None
-
-    def _write_group(self) -> None:
-        import pyarrow
-
-        group, self._waiting = self._waiting[: self.row_group_rows], self._waiting[self.row_group_rows :]
-        keys, bits, captions, sizes = zip(*group, strict=True)
-        columns = {
-            "key": keys,
-            "bits": bits,
-            "caption": [texts[0] if texts else None for texts in captions],
-            "captions": [list(texts) if len(texts) > 1 else None for texts in captions],
-            "width": [None if size is None else size[0] for size in sizes],
-            "height": [None if size is None else size[1] for size in sizes],
-        }
-        try:
-            self._writer.write_table(pyarrow.table(columns, schema=self._schema), row_group_size=len(group))
-        except OSError as error:
-            raise self._cannot_write(error) from None
-
-    def _discard(self) -> None:
-        with contextlib.suppress(OSError):  # the disk is full, which is being said already
-            self._writer.close()
-        self._temporary.unlink(missing_ok=True)
-
-    def _cannot_write(self, error: OSError) -> UserError:
-        return UserError(f"cannot write {self.path}: {_one_line(error)}; free disk space or choose another OUT")
-
-
-def _schema(info: TokenStoreInfo) -> Any:
+def schema_of(info: TokenStoreInfo) -> Any:
+    """The Arrow schema of a file, with `info` in its metadata."""
     import pyarrow as pa
 
-    return pa.schema(
-        [
-            pa.field("key", pa.string(), nullable=False),
-            pa.field("bits", pa.binary(info.row_bytes), nullable=False),
-            pa.field("caption", pa.string()),
-            pa.field("captions", pa.list_(pa.string())),
-            pa.field("width", pa.int32()),
-            pa.field("height", pa.int32()),
-        ],
-        metadata={METADATA_KEY: json.dumps(to_json(info))},
-    )
-
-
-def _parquet_writer(path: Path, schema: Any) -> Any:
-    from pyarrow.parquet import ParquetWriter
-
-    return ParquetWriter(
-        path,
-        schema,
-        compression=COMPRESSION | dict.fromkeys(TEXT_COLUMNS, "zstd"),
-        use_dictionary=["caption", "captions.list.element"],  # keys and bits hardly repeat
-        write_statistics=["key", "caption", "width", "height"],
-        write_page_checksum=True,
-    )
+    bits = pa.field("coded", pa.binary(), nullable=False) if info.codec else None
+    fields = [
+        pa.field("key", pa.string(), nullable=False),
+        bits or pa.field("bits", pa.binary(info.row_bytes), nullable=False),
+        pa.field("caption", pa.string()),
+        pa.field("captions", pa.list_(pa.string())),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("label", pa.int32()),
+    ]
+    if info.embedding_width:
+        fields.append(pa.field("embedding", pa.list_(pa.float16(), info.embedding_width), nullable=False))
+    return pa.schema(fields, metadata={METADATA_KEY: json.dumps(to_json(info))})
 
 
 def open_tokens(file: Path) -> tuple[TokenStoreInfo, Any]:
@@ -209,8 +150,8 @@ def open_tokens(file: Path) -> tuple[TokenStoreInfo, Any]:
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{file} is no whole parquet file ({_one_line(error)}); {REMEDY}") from None
     info = _info(file, (schema.metadata or {}).get(METADATA_KEY))
-    expected = _schema(info)
-    for name in ("key", "bits", "caption"):
+    expected = schema_of(info)
+    for name in ("key", "coded" if info.codec else "bits", "caption", *(["embedding"] if info.embedding_width else [])):
         kind = schema.field(name).type if name in schema.names else None
         if kind != expected.field(name).type:
             raise UserError(f"{file}: column {name} is {kind or 'missing'}, not {expected.field(name).type}; {REMEDY}")
@@ -234,31 +175,60 @@ def _info(file: Path, text: bytes | None) -> TokenStoreInfo:
     orders = [TokenStoreInfo.__dataclass_fields__[name].default for name in ("token_order", "bit_order")]
     if min(*info.grid, info.num_bits) < 1 or [info.token_order, info.bit_order] != orders:
         raise UserError(f"{file}: no tokens of {info.num_bits} bits on a grid of {info.grid}, or other order; {REMEDY}")
+    if info.codec:
+        try:
+            model = BitModel.from_json(info.codec)
+        except ValueError as error:
+            raise UserError(f"{file}: {_one_line(error)}; {REMEDY}") from None
+        if model.num_bits != info.num_bits:
+            raise UserError(f"{file}: tokens of {info.num_bits} bits, coded as ones of {model.num_bits}; {REMEDY}")
     return info
 
 
-def read_row_group(file: Path, footer: Any, group: int) -> TokenRows:
+def read_row_group(
+    file: Path, info: TokenStoreInfo, footer: Any, group: int, *, with_embeddings: bool = False
+) -> TokenRows:
     """One row group, with checksums. Raises `UserError`, naming the file, for damage."""
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
     there = footer.schema.to_arrow_schema().names
-    names = [name for name in ("key", "bits", "caption", "captions", "width", "height") if name in there]
+    bits = "coded" if info.codec else "bits"
+    names = [name for name in ("key", bits, "caption", "captions", "width", "height", "label") if name in there]
+    embedding = ["embedding"] if with_embeddings and info.embedding_width else []
     try:
         with ParquetFile(file, metadata=footer, page_checksum_verification=True, pre_buffer=False) as table:
-            rows = table.read_row_group(group, columns=names).to_pydict()
-    except (OSError, ValueError, pyarrow.ArrowException) as error:  # ValueError: text that is not UTF-8
+            columns = table.read_row_group(group, columns=[*names, *embedding])
+            rows = columns.select(names).to_pydict()
+            embeddings = _embeddings(columns["embedding"], info) if embedding else None
+        packed = _packed(rows[bits], info)
+    except UserError:  # a package is missing
+        raise
+    except (OSError, ValueError, pyarrow.ArrowException) as error:  # ValueError: text not UTF-8, bits that cannot be
         raise UserError(f"{file} row group {group} is damaged ({_one_line(error)}); {REMEDY}") from None
     none = [None] * len(rows["key"])
     texts = zip(rows["caption"], rows.get("captions", none), strict=True)
     sizes = zip(rows.get("width", none), rows.get("height", none), strict=True)
-    packed = np.frombuffer(b"".join(rows["bits"]), np.uint8)
     return TokenRows(
         keys=rows["key"],
-        packed=packed.reshape(len(rows["key"]), -1),
+        packed=packed,
         captions=[tuple(many or () if one is None else many or (one,)) for one, many in texts],
         sizes=[None if width is None or height is None else (width, height) for width, height in sizes],
+        labels=rows.get("label", none),
+        embeddings=embeddings,
     )
+
+
+def _packed(column: list[bytes], info: TokenStoreInfo) -> np.ndarray:
+    """The rows of a column of bits: (r, ceil(n L / 8)) uint8."""
+    if not info.codec:
+        return np.frombuffer(b"".join(column), np.uint8).reshape(len(column), info.row_bytes)
+    return pack_bits(BitModel.from_json(info.codec).decode(column, grid=info.grid))
+
+
+def _embeddings(column: Any, info: TokenStoreInfo) -> np.ndarray:
+    flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return flat.astype(np.float16, copy=False).reshape(len(column), info.embedding_width)
 
 
 def num_null_captions(footer: Any) -> int:

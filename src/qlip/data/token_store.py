@@ -8,7 +8,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,9 @@ from torch import Tensor
 
 from qlip.core.errors import UserError
 from qlip.data.token_files import REMEDY, TokenRows, num_null_captions, open_tokens, read_row_group, unpack_bits
+from qlip.data.token_keys import KeyCheck, read_column
+
+NORM_TOLERANCE = 0.01  # of embeddings, which are float16
 
 
 @dataclass(kw_only=True, slots=True)
@@ -31,6 +34,8 @@ class TokenRow:
     """Its texts, empty without."""
     size: tuple[int, int] | None
     """Width and height before the transform, where the store says them."""
+    label: int | None
+    """Its class (`TokenStoreInfo.class_names`)."""
 
 
 class TokenStore:
@@ -46,13 +51,14 @@ class TokenStore:
         opened = [open_tokens(file) for file in self.files]
         self.info = opened[0][0]
         for file, (info, _) in zip(self.files, opened, strict=True):
-            for name in ("encoder_fingerprint", "num_bits", "grid"):
+            for name in ("encoder_fingerprint", "num_bits", "grid", "views", "embedding_width"):
                 here, first = getattr(info, name), getattr(self.info, name)
                 if here != first:
                     raise UserError(
                         f"{file} has {name} {here}, {self.files[0].name} has {first}: put the tokens of each "
                         "tokenizer into a folder of its own"
                     )
+        self._infos = [info for info, _ in opened]
         self._footers = [footer for _, footer in opened]
         self.row_groups = [
             (file, group, footer.row_group(group).num_rows)
@@ -78,7 +84,10 @@ class TokenStore:
             self._last = number, self.read_rows(file, group)
         rows, place = self._last[1], index - (self._ends[number] - num_rows)
         bits = self.unpack(rows.packed[place : place + 1])[0]
-        return TokenRow(key=rows.keys[place], bits=bits, captions=rows.captions[place], size=rows.sizes[place])
+        label = rows.labels[place] if rows.labels else None
+        return TokenRow(
+            key=rows.keys[place], bits=bits, captions=rows.captions[place], size=rows.sizes[place], label=label
+        )
 
     def __iter__(self) -> Iterator[TokenRow]:
         """All rows in order."""
@@ -88,9 +97,15 @@ class TokenStore:
         """(r, ceil(n L / 8)) uint8 -> (r, n, L) bool."""
         return unpack_bits(packed, num_tokens=self.info.num_tokens, num_bits=self.info.num_bits)
 
-    def read_rows(self, file: int, row_group: int) -> TokenRows:
+    def read_rows(self, file: int, row_group: int, *, with_embeddings: bool = False) -> TokenRows:
         """One row group of file number `file`, with checksums. Raises `UserError`, naming the file, for damage."""
-        return read_row_group(self.files[file], self._footers[file], row_group)
+        return read_row_group(
+            self.files[file],
+            self._infos[file],
+            self._footers[file],
+            row_group,
+            with_embeddings=with_embeddings,
+        )
 
     def identity(self) -> str:
         """sha256 over encoder, file names and row groups: which position in it may be resumed."""
@@ -111,26 +126,54 @@ class TokenStore:
                 f"{encoder_fingerprint}: give the model that made it, or make tokens with this one (qlip tokenize)"
             )
 
-    def verify(self) -> int:
-        """Read everything; returns the number of rows.
+    def refuse_repeated_keys(self) -> None:
+        """Raise `UserError` naming the first key that two rows have; 8 bytes of each key are held in memory."""
+        keys = KeyCheck(num_views=len(self.info.views))
+        for file in self.files:
+            for group in read_column(file, "key"):
+                keys.add(file, group)
+        again = keys.repeated()
+        if again is not None:
+            raise UserError(
+                f"key {again.key} is in {again.first.name} and in {again.again.name} of {self.path}: pictures are told "
+                "apart by their keys; give sets of pictures whose keys repeat stores of their own"
+            )
 
-        Raises `UserError`, naming the file, for damage, missing rows, bits behind the last token, or a key that came
-        before. All keys are held in memory.
+    def verify(self, *, on_rows: Callable[[TokenRows], None] = lambda rows: None) -> int:
+        """Read everything; returns the number of rows. `on_rows` is given each row group, embeddings among it.
+
+        Raises `UserError`, naming the file, for damage, missing rows, bits behind the last token, embeddings whose
+        norm is not 1, unknown classes, views that do not follow each other, or a key that came before. Memory grows by
+        8 bytes a row.
         """
-        seen: set[str] = set()
+        keys = KeyCheck(num_views=len(self.info.views))
         padding = self.info.row_bytes * 8 - self.info.num_tokens * self.info.num_bits
         for file, group, num_rows in self.row_groups:
-            rows = self.read_rows(file, group)
+            rows = self.read_rows(file, group, with_embeddings=True)
             where = f"{self.files[file]} row group {group}"
             if len(rows.keys) != num_rows:
                 raise UserError(f"{where} has {len(rows.keys)} rows, its footer says {num_rows}; {REMEDY}")
             if np.any(rows.packed[:, -1] & ((1 << padding) - 1)):
                 raise UserError(f"{where} has bits behind the last token, so they are packed otherwise; {REMEDY}")
-            for key in rows.keys:
-                if key in seen:
-                    raise UserError(f"{where}: key {key} came before; {REMEDY}")
-                seen.add(key)
+            _check_values(rows, where, num_classes=len(self.info.class_names))
+            keys.add(self.files[file], rows.keys)
+            on_rows(rows)
+        again = keys.repeated()
+        if again is not None:
+            where = f"{again.again} row group {again.group}"
+            raise UserError(f"{where}: key {again.key} came before, in {again.first.name}; {REMEDY}")
         return len(self)
+
+
+def _check_values(rows: TokenRows, where: str, *, num_classes: int) -> None:
+    if rows.embeddings is not None:
+        off = np.abs(np.linalg.norm(rows.embeddings.astype(np.float32), axis=1) - 1)
+        if not np.all(off < NORM_TOLERANCE):  # NaN is not
+            place = int(np.argmax(~(off < NORM_TOLERANCE)))
+            raise UserError(f"{where}: the embedding of {rows.keys[place]} has not norm 1; {REMEDY}")
+    for key, label in zip(rows.keys, rows.labels or (), strict=False):
+        if label is not None and num_classes and not 0 <= label < num_classes:
+            raise UserError(f"{where}: {key} is of class {label}, there are {num_classes}; {REMEDY}")
 
 
 def _token_files(path: Path) -> list[Path]:

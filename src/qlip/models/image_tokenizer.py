@@ -17,6 +17,7 @@ from qlip.core.errors import UserError
 from qlip.models.autoencoders import MeasuredAutoencoder
 from qlip.models.measured import MeasuredQLIP
 from qlip.models.opening import open_measured
+from qlip.models.qlip.modeling import unit_norm
 
 TOKENIZER_FOLDER = "image_tokenizer"  # in the folder of a model that writes its tokens
 
@@ -58,6 +59,7 @@ class QLIPTokenizer:
         self.image_size, self.num_bits = measured.image_size, measured.num_bits
         side = measured.image_size // measured.patch_size
         self.grid = (side, side)
+        self.embedding_width: int = measured.model.config.projection_dim
         self.encoder_fingerprint: str = measured.identity()["encoder_fingerprint"]
 
     def to(self, device: torch.device) -> None:
@@ -66,9 +68,26 @@ class QLIPTokenizer:
         self.device = device
 
     @torch.inference_mode()
-    def encode(self, pictures: Tensor) -> Tensor:
-        """(b, 3, S, S) uint8 -> (b, n, L) bool."""
-        return self.measured.model.encode(self.measured.pixel_values(pictures))
+    def encode(self, pictures: Tensor, *, batch_invariant: bool = False) -> Tensor:
+        """(b, 3, S, S) uint8 -> (b, n, L) bool; `batch_invariant` as `QLIPModel.encode` has it."""
+        return self.measured.model.encode(self.measured.pixel_values(pictures), batch_invariant=batch_invariant)
+
+    @torch.inference_mode()
+    def encode_with_embeddings(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """(b, 3, S, S) uint8 -> bits (b, n, L) and text-aligned embeddings (b, e) of norm 1, in one pass."""
+        output = self.measured.model.get_image_features(self.measured.pixel_values(pictures))
+        assert output.quantized is not None
+        return output.quantized.bits, unit_norm(output.pooler_output)
+
+    @torch.inference_mode()
+    def image_embeds(self, pictures: Tensor) -> Tensor:
+        """(b, 3, S, S) uint8 -> text-aligned embeddings (b, e) of norm 1."""
+        return self.measured.image_embeds(pictures)
+
+    @torch.inference_mode()
+    def text_embeds(self, texts: list[str]) -> Tensor:
+        """t texts -> (t, e) of norm 1."""
+        return self.measured.text_embeds(texts)
 
     @torch.inference_mode()
     def decode(self, bits: Tensor) -> Tensor:

@@ -21,6 +21,9 @@ import shutil
 import tarfile
 import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,10 +39,12 @@ from qlip.apps.encoding import TokenizeOptions, encoder_of
 from qlip.apps.token_parts import PartMaker
 from qlip.apps.tokenize import default_workers, store_info
 from qlip.core.log import console
+from qlip.data.items import Item
 from qlip.data.scene_shards import write_scene_shards
 from qlip.data.scenes import SceneConfig
 from qlip.data.source_parts import Part, parts_of
 from qlip.data.sources import open_source
+from qlip.data.tar_reader import Skip
 from qlip.engine.run_folder import versions
 from qlip.models.image_tokenizer import ImageTokenizer, open_image_tokenizer
 from qlip.models.qlip.loading import save_model
@@ -49,12 +54,13 @@ from qlip.recipes import find_recipe
 
 RESULTS = Path(os.environ.get("OUT", Path(__file__).parent / "results"))
 RECIPES = {"cpu": "scenes_tiny", "cuda": "qlip_b_16_256"}
-NUM_PICTURES = {"cpu": 8_000, "cuda": 16_000}
+NUM_PICTURES = {"cpu": 8_000, "cuda": 12_000}
+BATCH_SIZE = {"cpu": 100, "cuda": 256}
 SHARD = 1_000
 SCENE_SIZE = 48
 PHOTO_SIZE = (500, 375)  # ImageNet's usual
 NUM_PHOTOS = 500  # different ones; shards repeat them under new keys
-ENCODE_BATCHES = {"cpu": 20, "cuda": 60}
+ENCODE_BATCHES = {"cpu": 20, "cuda": 30}
 MILLION = 1_000_000
 
 
@@ -77,7 +83,8 @@ def photograph(seed: int) -> bytes:
 def write_photographs(folder: Path, *, num: int) -> float:
     """Shards of `num` pictures; returns the mean size of a JPEG in bytes."""
     folder.mkdir()
-    photos = [photograph(seed) for seed in range(NUM_PHOTOS)]
+    with ProcessPoolExecutor() as pool:
+        photos = list(pool.map(photograph, range(NUM_PHOTOS), chunksize=20))
     for first in range(0, num, SHARD):
         with tarfile.open(folder / f"{first // SHARD:05d}.tar", "w") as tar:
             for number in range(first, min(first + SHARD, num)):
@@ -101,11 +108,19 @@ class Stages:
     """The three ways of one setting, each with the same decoders and encoder."""
 
     def __init__(self, tokenizer: ImageTokenizer, parts: list[Part], options: TokenizeOptions) -> None:
-        self.tokenizer, self.parts, self.options = tokenizer, parts, options
+        self.tokenizer, self.options = tokenizer, options
         start = time.perf_counter()
         self.maker = PartMaker(options, store_info(tokenizer, options, {}), tokenizer=tokenizer)
         self.whole(parts[:1])  # workers start, kernels are chosen
         self.start_seconds = time.perf_counter() - start
+        decoding = DecodeOptions(image_size=tokenizer.image_size, views="centre", caption_fields=())
+        self.decoders = DecodePool(decoding, workers=options.workers)
+        self.decode(parts[:1])
+
+    def close(self) -> None:
+        """End all workers."""
+        self.maker.close()
+        self.decoders.close()
 
     def whole(self, parts: list[Part]) -> float:
         """Pictures per second from shards to files."""
@@ -115,20 +130,11 @@ class Stages:
         num = sum(done.num_good for done in self.maker.make(parts, on_rows=lambda _: None))
         return num / (time.perf_counter() - start)
 
-    def decode(self) -> float:
+    def decode(self, parts: list[Part]) -> float:
         """Pictures per second from shards to pixels."""
-        pool = DecodePool(
-            DecodeOptions(image_size=self.tokenizer.image_size, views="centre", caption_fields=()),
-            workers=self.options.workers,
-        )
-        try:
-            for _ in pool.decode([(None, [])] * 2 * max(1, self.options.workers)):
-                pass  # workers start
-            start = time.perf_counter()
-            num = sum(len(batch.keys) for _, batch in pool.decode(self._batches()))
-            return num / (time.perf_counter() - start)
-        finally:
-            pool.close()
+        start = time.perf_counter()
+        num = sum(len(batch.keys) for _, batch in self.decoders.decode(self._batches(parts)))
+        return num / (time.perf_counter() - start)
 
     def encode(self, num_batches: int) -> float:
         """Pictures per second from pixels to bits."""
@@ -146,11 +152,11 @@ class Stages:
         before.wait()
         return num_batches * len(pixels[0]) / (time.perf_counter() - start)
 
-    def _batches(self) -> Any:
-        size = self.options.batch_size
-        for _, source in self.parts:
-            items = list(source.items())
-            yield from ((None, items[first : first + size]) for first in range(0, len(items), size))
+    def _batches(self, parts: list[Part]) -> Iterator[tuple[None, list[Item | Skip]]]:
+        for _, source in parts:
+            entries = source.items()
+            while batch := list(islice(entries, self.options.batch_size)):
+                yield None, batch
 
 
 def compare(tokenizer: ImageTokenizer, parts: list[Part], options: TokenizeOptions, *, rounds: int) -> dict[str, Any]:
@@ -162,12 +168,12 @@ def compare(tokenizer: ImageTokenizer, parts: list[Part], options: TokenizeOptio
     found: list[dict[str, float]] = []
     for _ in range(rounds):
         rates = {
-            "decode": stages.decode(),
+            "decode": stages.decode(parts),
             "encode": stages.encode(ENCODE_BATCHES[tokenizer.device.type]),
             "whole": stages.whole(parts),
         }
         found.append(rates | {"share": rates["whole"] / min(rates["decode"], rates["encode"])})
-    stages.maker.close()
+    stages.close()
     torch.set_num_threads(threads)
     row: dict[str, Any] = {name: median(rates[name] for rates in found) for name in found[0]}
     row["hours_per_million"] = MILLION / row["whole"] / 3600
@@ -183,7 +189,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=-1)
-    parser.add_argument("--batch-size", type=int, default=100)
+    parser.add_argument("--batch-size", type=int, default=0, help="100, on a GPU 256")
     parser.add_argument("--precisions", nargs="+", default=None)
     arguments = parser.parse_args()
     place = torch.device(arguments.device)
@@ -203,7 +209,7 @@ def main() -> None:
             options = TokenizeOptions(
                 model="",
                 out=Path(folder) / "store",
-                batch_size=arguments.batch_size,
+                batch_size=arguments.batch_size or BATCH_SIZE[place.type],
                 precision=precision,
                 device=place.type,
                 workers=workers,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from qlip.apps.decoding import DIED, DecodeOptions, DecodePool, decode_batch, num_views
+from qlip.apps.decoding import DIED, PIECE, DecodeOptions, DecodePool, decode_batch, num_views
 from qlip.core.images import ImageLimits, open_image
 from qlip.data.items import Item
 from qlip.data.tar_reader import Skip
@@ -95,8 +95,11 @@ def test_views_are_crops_of_one_square(views: ViewChoice) -> None:
 
 
 def test_processes_give_what_threads_give_and_replace_the_dead(tmp_path: Path) -> None:
-    batches = [items(6), [], items(3), items(5)]
+    batches = [items(6), [], items(PIECE * 2 + 7), items(5)]
     expected = decoded(batches, workers=0)
+    assert [batch[1] for batch in expected] == [
+        [str(n) for n in range(num) if n not in (2, 4)] for num in (6, 0, 71, 5)
+    ]
     once = Item(key="once", image=Deadly(tmp_path / "died"))  # type: ignore[arg-type]
     always = Item(key="always", image=Deadly())  # type: ignore[arg-type]
     found = decoded([*batches, [once], [items(1)[0], always, items(2)[1]], batches[0]], workers=2)

@@ -1,7 +1,8 @@
 """Encoded pictures -> batches of pixels, in worker processes, in order, and whatever a picture does to its worker.
 
-A process that dies over a batch (for lack of memory, say) is replaced and its batch done again; if it dies again, the
-batch's pictures are decoded one by one, and the one that kills its process is skipped with that reason.
+Batches are decoded in pieces by all workers. A process that dies over a piece (for lack of memory, say) is replaced and
+the piece done again; if it dies again, the piece's pictures are decoded one by one, and the one that kills its process
+is skipped with that reason.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from qlip.data.items import Item
 from qlip.data.tar_reader import Skip
 from qlip.data.views import VIEWS, ViewChoice, view_pixels
 
-AHEAD = 2  # batches per worker that are being read or decoded while others are encoded
+AHEAD = 2  # pieces per worker that wait or are being decoded, beside those of a batch
+PIECE = 32  # pictures that a worker decodes at a time: no batch waits long for one worker
 DIED = "decoder died: the process that decoded this picture was ended, most likely for lack of memory"
 Tag = TypeVar("Tag")
 
@@ -84,9 +86,26 @@ def decode_batch(entries: list[Item | Skip], options: DecodeOptions) -> DecodedB
     return batch
 
 
+def _joined(pieces: list[DecodedBatch]) -> DecodedBatch:
+    if len(pieces) == 1:
+        return pieces[0]
+    return DecodedBatch(
+        pixels=torch.cat([piece.pixels for piece in pieces]),
+        keys=[key for piece in pieces for key in piece.keys],
+        captions=[texts for piece in pieces for texts in piece.captions],
+        sizes=[size for piece in pieces for size in piece.sizes],
+        labels=[label for piece in pieces for label in piece.labels],
+        skips=[skip for piece in pieces for skip in piece.skips],
+    )
+
+
 @dataclass(slots=True)
-class _Pending(Generic[Tag]):
+class _Piece(Generic[Tag]):
+    """A piece of a batch at work."""
+
     tag: Tag
+    """What the caller knows the batch by."""
+    is_last: bool
     entries: list[Item | Skip]
     future: Future[DecodedBatch]
 
@@ -97,18 +116,19 @@ class DecodePool:
     def __init__(self, options: DecodeOptions, *, workers: int) -> None:
         """`workers` processes; 0 decodes in threads of this process, where Pillow alone runs side by side."""
         self.options, self.workers = options, workers
+        self._num_pieces = 1  # of the largest batch so far
         self._executor = self._start()
 
     def decode(self, batches: Iterable[tuple[Tag, list[Item | Skip]]]) -> Iterator[tuple[Tag, DecodedBatch]]:
         """Batches with what the caller knows them by, in their order."""
-        pending: deque[_Pending[Tag]] = deque()
-        ahead = AHEAD * max(1, self.workers) + 1
-        for tag, entries in batches:
-            pending.append(_Pending(tag, entries, self._submit(entries)))
-            if len(pending) > ahead:
-                yield self._first(pending)
+        pending: deque[_Piece[Tag]] = deque()
+        done: list[DecodedBatch] = []
+        for piece in self._pieces(batches):
+            pending.append(piece)
+            while len(pending) > AHEAD * max(1, self.workers) + self._num_pieces:
+                yield from self._first(pending, done)
         while pending:
-            yield self._first(pending)
+            yield from self._first(pending, done)
 
     def close(self) -> None:
         """End the workers; what they were doing is dropped."""
@@ -127,24 +147,42 @@ class DecodePool:
             future.set_exception(broken)
             return future
 
-    def _first(self, pending: deque[_Pending[Tag]]) -> tuple[Tag, DecodedBatch]:
-        first = pending.popleft()
+    def _pieces(self, batches: Iterable[tuple[Tag, list[Item | Skip]]]) -> Iterator[_Piece[Tag]]:
+        """Batches cut into pieces of equal size, at work."""
+        for tag, entries in batches:
+            num = max(1, -(-len(entries) // PIECE))
+            self._num_pieces = max(self._num_pieces, num)
+            for number in range(num):
+                part = entries[len(entries) * number // num : len(entries) * (number + 1) // num]
+                yield _Piece(tag, number == num - 1, part, self._submit(part))
+
+    def _first(self, pending: deque[_Piece[Tag]], done: list[DecodedBatch]) -> Iterator[tuple[Tag, DecodedBatch]]:
+        """Wait for the first piece; if it ends its batch, that is yielded."""
+        piece = pending.popleft()
         try:
-            return first.tag, first.future.result()
+            done.append(piece.future.result())
         except BrokenProcessPool:
-            pass
-        self.close()
-        self._executor = self._start()
+            done.append(self._again(piece, pending))
+        if piece.is_last:
+            yield piece.tag, _joined(done)
+            done.clear()
+
+    def _again(self, piece: _Piece[Tag], pending: deque[_Piece[Tag]]) -> DecodedBatch:
+        """A piece whose worker has died, and with it the whole pool."""
+        self._restart()
         try:
-            decoded = self._submit(first.entries).result()
+            decoded = self._submit(piece.entries).result()
         except BrokenProcessPool:
-            decoded = self._one_by_one(first.entries)
-            self.close()
-            self._executor = self._start()
-        for other in pending:  # they went down with the pool
+            decoded = self._one_by_one(piece.entries)
+            self._restart()
+        for other in pending:
             if not (other.future.done() and other.future.exception() is None):
                 other.future = self._submit(other.entries)
-        return first.tag, decoded
+        return decoded
+
+    def _restart(self) -> None:
+        self.close()
+        self._executor = self._start()
 
     def _one_by_one(self, entries: list[Item | Skip]) -> DecodedBatch:
         """Each picture in a process that only it can take down."""

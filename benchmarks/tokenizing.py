@@ -21,9 +21,7 @@ import shutil
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,18 +31,17 @@ import torch
 from PIL import Image
 from rich.table import Table
 
-from qlip.apps.decoding import DecodeOptions, DecodePool
+from qlip.apps.decode_pool import DecodePool
+from qlip.apps.decoding import DecodeOptions
 from qlip.apps.demo import machine
 from qlip.apps.encoding import TokenizeOptions, encoder_of
 from qlip.apps.token_parts import PartMaker
 from qlip.apps.tokenize import default_workers, store_info
 from qlip.core.log import console
-from qlip.data.items import Item
 from qlip.data.scene_shards import write_scene_shards
 from qlip.data.scenes import SceneConfig
 from qlip.data.source_parts import Part, parts_of
 from qlip.data.sources import open_source
-from qlip.data.tar_reader import Skip
 from qlip.engine.run_folder import versions
 from qlip.models.image_tokenizer import ImageTokenizer, open_image_tokenizer
 from qlip.models.qlip.loading import save_model
@@ -54,7 +51,7 @@ from qlip.recipes import find_recipe
 
 RESULTS = Path(os.environ.get("OUT", Path(__file__).parent / "results"))
 RECIPES = {"cpu": "scenes_tiny", "cuda": "qlip_b_16_256"}
-NUM_PICTURES = {"cpu": 8_000, "cuda": 12_000}
+NUM_PICTURES = {"cpu": 8_000, "cuda": 20_000}
 BATCH_SIZE = {"cpu": 100, "cuda": 256}
 SHARD = 1_000
 SCENE_SIZE = 48
@@ -133,7 +130,7 @@ class Stages:
     def decode(self, parts: list[Part]) -> float:
         """Pictures per second from shards to pixels."""
         start = time.perf_counter()
-        num = sum(len(batch.keys) for _, batch in self.decoders.decode(self._batches(parts)))
+        num = sum(len(batch.keys) for _, batch in self.decoders.decode(parts, size=self.options.batch_size))
         return num / (time.perf_counter() - start)
 
     def encode(self, num_batches: int) -> float:
@@ -151,12 +148,6 @@ class Stages:
             before = following
         before.wait()
         return num_batches * len(pixels[0]) / (time.perf_counter() - start)
-
-    def _batches(self, parts: list[Part]) -> Iterator[tuple[None, list[Item | Skip]]]:
-        for _, source in parts:
-            entries = source.items()
-            while batch := list(islice(entries, self.options.batch_size)):
-                yield None, batch
 
 
 def compare(tokenizer: ImageTokenizer, parts: list[Part], options: TokenizeOptions, *, rounds: int) -> dict[str, Any]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from qlip.apps.decoding import DIED, PIECE, DecodeOptions, DecodePool, decode_batch, num_views
+from qlip.apps.decode_pool import DecodePool
+from qlip.apps.decoding import DecodeOptions, decode_batch, num_views
 from qlip.core.images import ImageLimits, open_image
 from qlip.data.items import Item
 from qlip.data.tar_reader import Skip
@@ -38,35 +40,48 @@ def items(num: int) -> list[Item | Skip]:
     ]
 
 
-def die(marker: str | None) -> bytes:
-    """What the kernel does to a process that takes too much memory; with a marker only the first time."""
-    if marker is not None:
-        if Path(marker).exists():
-            return picture(99)
-        Path(marker).touch()
-    os._exit(9)
+class Deadly(bytes):
+    """Kills the process that looks at it, as the kernel does with one that takes too much memory."""
+
+    marker: Path | None = None
+    """Where it is noted that it has; then it is harmless."""
+
+    def __len__(self) -> int:
+        if self.marker is not None and self.marker.exists():
+            return super().__len__()
+        if self.marker is not None:
+            self.marker.touch()
+        os._exit(9)
 
 
-class Deadly:
-    """Kills the process that unpickles it."""
-
-    def __init__(self, marker: Path | None = None) -> None:
-        self.marker = None if marker is None else str(marker)
-
-    def __reduce__(self) -> Any:
-        return die, (self.marker,)
+def deadly(key: str, marker: Path | None = None) -> Item:
+    image = Deadly(picture(99))
+    image.marker = marker
+    return Item(key=key, image=image)
 
 
-def decoded(batches: list[list[Item | Skip]], *, workers: int, views: ViewChoice = "centre") -> list[tuple]:
-    options = DecodeOptions(image_size=16, views=views, caption_fields=())
-    pool = DecodePool(options, workers=workers)
+@dataclass
+class Listed:
+    """Some entries as a source."""
+
+    listed: list[Item | Skip]
+
+    def items(self) -> Iterator[Item | Skip]:
+        return iter(self.listed)
+
+
+def decoded(parts: dict[str, list[Item | Skip]], *, workers: int, size: int = 4) -> dict[str, list[tuple]]:
+    """What comes of each part, batch by batch."""
+    pool = DecodePool(OPTIONS, workers=workers)
+    found: dict[str, list[tuple]] = {name: [] for name in parts}
     try:
-        return [
-            (tag, batch.keys, batch.labels, batch.sizes, batch.pixels.tolist(), [s.reason for s in batch.skips])
-            for tag, batch in pool.decode(enumerate(batches))
-        ]
+        for place, batch in pool.decode([(name, Listed(listed)) for name, listed in parts.items()], size=size):  # type: ignore[misc]
+            skips = [(skip.key, skip.reason.partition(":")[0]) for skip in batch.skips]
+            assert not found[place.part] or not found[place.part][-1][0], "nothing behind the last"
+            found[place.part].append((place.is_last, batch.keys, batch.labels, batch.pixels.tolist(), skips))
     finally:
         pool.close()
+    return found
 
 
 def test_pixels_are_those_of_the_transform() -> None:
@@ -94,16 +109,38 @@ def test_views_are_crops_of_one_square(views: ViewChoice) -> None:
         assert torch.equal(view, crop.flip(-1) if mirrored else crop), name
 
 
-def test_processes_give_what_threads_give_and_replace_the_dead(tmp_path: Path) -> None:
-    batches = [items(6), [], items(PIECE * 2 + 7), items(5)]
-    expected = decoded(batches, workers=0)
-    assert [batch[1] for batch in expected] == [
-        [str(n) for n in range(num) if n not in (2, 4)] for num in (6, 0, 71, 5)
-    ]
-    once = Item(key="once", image=Deadly(tmp_path / "died"))  # type: ignore[arg-type]
-    always = Item(key="always", image=Deadly())  # type: ignore[arg-type]
-    found = decoded([*batches, [once], [items(1)[0], always, items(2)[1]], batches[0]], workers=2)
-    assert found[:4] == expected
-    assert found[4][1] == ["once"], "done again by a new process"
-    assert found[5][1] == ["0", "1"] and found[5][5] == [DIED], "only the one that kills is left out"
-    assert found[6][1:] == expected[0][1:]
+PARTS = {"a": items(6), "b": [], "c": items(17), "d": items(4)}
+
+
+def test_batches_of_a_part_are_in_order_and_reach_no_further() -> None:
+    found = decoded(PARTS, workers=0)
+    assert [len(batches) for batches in found.values()] == [2, 1, 5, 1]
+    assert all([batch[0] for batch in batches] == [False] * (len(batches) - 1) + [True] for batches in found.values())
+    for name, entries in PARTS.items():
+        good = [entry.key for entry in entries if entry.key not in ("2", "4")]
+        assert [key for batch in found[name] for key in batch[1]] == good
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_processes_give_what_a_thread_gives(workers: int) -> None:
+    """Also several that share one part."""
+    assert decoded(PARTS, workers=workers) == decoded(PARTS, workers=0)
+    assert decoded({"c": PARTS["c"]}, workers=workers) == decoded({"c": PARTS["c"]}, workers=0)
+
+
+def test_the_dead_are_replaced(tmp_path: Path) -> None:
+    first, second = items(8), [deadly("once", tmp_path / "died"), items(1)[0], deadly("always"), items(2)[1]]
+    found = decoded(PARTS | {"c": [*first, *second, *items(9)]}, workers=2)
+    expected = decoded(PARTS | {"c": [*first, *items(9)]}, workers=0)
+    assert {name: found[name] for name in "abd"} == {name: expected[name] for name in "abd"}
+    keys, skips = found["c"][2][1], found["c"][2][4]
+    assert keys == ["once", "0", "1"], "done again by a new process, and its neighbours with it"
+    assert skips == [("always", "decoder died")], "only the one that kills is left out"
+    assert found["c"][:2] + found["c"][3:] == expected["c"]
+
+
+def test_what_a_file_cannot_hold_is_left_out() -> None:
+    odd = [Item(key="a", image=picture(0), label=2**40), Item(key="a#1", image=picture(0))]
+    flipped = DecodeOptions(image_size=16, views="flip", caption_fields=())
+    assert [skip.reason.partition(":")[0] for skip in decode_batch(odd, flipped).skips] == ["bad label", "bad key"]
+    assert decode_batch(odd, OPTIONS).keys == ["a#1"], "with one view it is a name as any other"

@@ -1,5 +1,6 @@
 """Pictures of a token store, pixel by pixel what the model decodes; stopped, foreign and hostile ones."""
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,8 @@ from torch import Tensor
 from qlip.apps import detokenize
 from qlip.apps.detokenize import detokenize_store
 from qlip.core.errors import UserError
+from qlip.data.finished_files import only_writer
+from qlip.data.sources import open_source
 from qlip.data.token_files import TokenStoreInfo
 from qlip.data.token_keys import file_name_of
 from qlip.models.image_tokenizer import ImageTokenizer, QLIPTokenizer, open_image_tokenizer
@@ -151,6 +154,19 @@ def test_another_tokenizer_and_other_pictures_are_refused(tmp_path: Path, model:
     (tmp_path / "mine/00000").mkdir(parents=True)
     with refused("mine has 00000, but no detokenize.json"):
         detokenize_store(model, tmp_path / "store", tmp_path / "mine")
+    with only_writer(tmp_path / "out"), refused("another qlip command is writing to .*out"):
+        detokenize_store(model, tmp_path / "store", tmp_path / "out")
+    assert len(list(tmp_path.glob("out/*/*.png"))) == 1
+    (tmp_path / "file").touch()
+    with refused("cannot write to .*file", "choose another folder"):
+        detokenize_store(model, tmp_path / "store", tmp_path / "file")
+
+
+@pytest.mark.usefixtures("opened_once")
+def test_a_folder_of_pictures_is_one_of_pictures_only(tmp_path: Path, model: Path, info: TokenStoreInfo) -> None:
+    make_store(tmp_path / "store", info=info)
+    out = detokenize_store(model, tmp_path / "store", tmp_path / "out")
+    assert (out / ".lock").exists() and open_source(str(out)).num_items == 17
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/dev/full")
@@ -158,7 +174,7 @@ def test_another_tokenizer_and_other_pictures_are_refused(tmp_path: Path, model:
 def test_a_full_disk_is_one_line(tmp_path: Path, model: Path, info: TokenStoreInfo) -> None:
     make_store(tmp_path / "store", info=info)
     out = detokenize_store(model, tmp_path / "store", tmp_path / "out", max_samples=1)
-    (out / "00000/n%2F5.png.png.tmp").symlink_to("/dev/full")
+    (out / f"00000/n%2F5.png.png.qlip-{os.getpid()}.tmp").symlink_to("/dev/full")
     with refused("cannot write .*n%2F5.png.png: .*No space left", "free disk space") as caught:
         detokenize_store(model, tmp_path / "store", tmp_path / "out")
     assert "\n" not in str(caught.value) and not (out / "00000/n%2F5.png.png").exists()

@@ -10,7 +10,9 @@ import torch
 
 from qlip.apps.token_tools import merge_stores
 from qlip.core.errors import UserError
+from qlip.data.finished_files import only_writer
 from qlip.data.token_files import TokenRows, TokenStoreInfo
+from qlip.data.token_merge import plan_merge, write_merge
 from qlip.data.token_store import TokenStore
 from small_token_stores import INFO, make_store
 
@@ -52,7 +54,7 @@ def test_rows_come_out_in_order_and_views_stay_together(tmp_path: Path, pictures
     said = merged.info.source["merged"]
     assert [(store["name"], store["source"]["name"]) for store in said] == [("a", "pictures"), ("b", "other")]
     same = replace(merged.info, source=VIEWS.source, created=VIEWS.created)
-    assert same == VIEWS
+    assert same == replace(VIEWS, encoding={"compressed": False})
 
 
 @pytest.mark.parametrize("into", [False, True], ids=["packed", "compressed"])
@@ -62,6 +64,33 @@ def test_packed_and_compressed_become_one_another(tmp_path: Path, into: bool) ->
     out = merge_stores((tmp_path / "a", tmp_path / "b"), out=tmp_path / "out", rows_per_file=20, compress=into)
     merged = TokenStore(out)
     assert rows_of(out) == rows_of(tmp_path / "a", tmp_path / "b") and bool(merged.info.codec) == into
+    assert merged.info.encoding["compressed"] == into
+
+
+def test_what_differs_between_stores_is_mixed(tmp_path: Path) -> None:
+    said = {"dtype": "float32", "device": "cuda", "batch_size": 100, "batch_invariant": True, "compressed": True}
+    reader, versions = {"library": "pillow", "version": "12.3.0"}, {"pillow": "12.3.0", "torch": "2.12"}
+    first = replace(INFO, encoding=said, picture_decoder=reader, versions=versions)
+    second = replace(
+        INFO,
+        encoding=said | {"device": "cpu", "batch_size": 8},
+        picture_decoder=reader | {"version": "13.0.0"},
+        versions={"pillow": "13.0.0", "torch": "2.12", "extra": "1"},
+    )
+    make_store(tmp_path / "a", info=first, rows=(4,))
+    make_store(tmp_path / "b", info=second, rows=(4,), prefix="m")
+    make_store(tmp_path / "c", info=second, rows=(4,), prefix="o")
+    (tmp_path / "c/00000.parquet").rename(tmp_path / "a/00001.parquet")  # files of one store may differ too
+    merged = TokenStore(merge_stores((tmp_path / "b", tmp_path / "a"), out=tmp_path / "out")).info
+    mixed = said | {"device": "mixed", "batch_size": "mixed"}
+    assert merged.encoding == mixed | {"compressed": False}
+    assert merged.picture_decoder == {"library": "pillow", "version": "mixed"}
+    assert merged.versions == {"pillow": "mixed", "torch": "2.12", "extra": "mixed"}
+    of_b, of_a = merged.source["merged"]
+    assert of_b["encoding"] == second.encoding and of_a["encoding"] == mixed
+    assert of_b["versions"] == second.versions and of_b["picture_decoder"] == second.picture_decoder
+    same = TokenStore(merge_stores((tmp_path / "b",), out=tmp_path / "same", compress=True)).info
+    assert (same.encoding, same.versions) == (second.encoding, second.versions)
 
 
 def test_a_stopped_merge_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,12 +106,12 @@ def test_a_stopped_merge_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         patch.setattr(TokenStore, "read_rows", stops)
         merge_stores(stores, out=tmp_path / "out", rows_per_file=10)
     there = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("*")}
-    assert [file.name for file in sorted(there)] == ["00000.parquet", "00001.parquet"]
+    assert [file.name for file in sorted(there)] == [".lock", "00000.parquet", "00001.parquet"]
     merge_stores(stores, out=tmp_path / "out", rows_per_file=10)
     assert all(file.stat().st_mtime_ns == time for file, time in there.items())
     assert rows_of(tmp_path / "out") == rows_of(*stores) and TokenStore(tmp_path / "out").verify() == 34
-    for pictures, compress in ((11, False), (10, True)):
-        with refused("00000.parquet holds other tokens: source", "another --out"):
+    for pictures, compress, what in ((11, False, "source"), (10, True, "encoding.compressed")):
+        with refused(f"00000.parquet holds other tokens: {what}", "another --out"):
             merge_stores(stores, out=tmp_path / "out", rows_per_file=pictures, compress=compress)
     with refused("00000.parquet holds other tokens", "another --out"):
         merge_stores(stores[::-1], out=tmp_path / "out", rows_per_file=10)
@@ -138,8 +167,22 @@ def test_a_store_is_not_merged_into_itself_and_nothing_is_refused(tmp_path: Path
     with refused("no rows"):
         merge_stores((tmp_path / "none",), out=tmp_path / "out")
     (tmp_path / "file").touch()
-    with refused("cannot write to .*file", "another --out"):
+    with refused("cannot write to .*file", "another folder"):
         merge_stores(stores, out=tmp_path / "file" / "out")
+    with only_writer(tmp_path / "out"), refused("another qlip command is writing to .*out"):
+        merge_stores(stores, out=tmp_path / "out")
+    assert [file.name for file in (tmp_path / "out").iterdir()] == [".lock"]
+
+
+def test_a_merge_that_came_between_is_not_joined(tmp_path: Path) -> None:
+    stores = two(tmp_path)
+    planned = [
+        plan_merge([TokenStore(store)], out=tmp_path / "out", rows_per_file=10, compress=False) for store in stores
+    ]
+    write_merge(planned[0])
+    with refused("00000.parquet holds other tokens"):
+        write_merge(planned[1])
+    assert rows_of(tmp_path / "out") == rows_of(stores[0])
 
 
 def test_skipped_pictures_are_listed_together(tmp_path: Path) -> None:
@@ -159,5 +202,5 @@ def test_damage_is_named_and_leaves_no_half_file(tmp_path: Path) -> None:
     file.write_bytes(content)
     with refused("a/00001.parquet row group 0 is damaged"):
         merge_stores((tmp_path / "a",), out=tmp_path / "out", rows_per_file=10)
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["00000.parquet"]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [".lock", "00000.parquet"]
     assert torch.equal(TokenStore(tmp_path / "out")[9].bits, bits[9])

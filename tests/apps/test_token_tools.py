@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from qlip.apps.token_tools import export_store, verify_store
+from qlip.apps.token_tools import export_store, merge_stores, verify_store
 from qlip.core.errors import UserError
+from qlip.data.token_files import TokenStoreInfo
 from qlip.models import opening
 from qlip.models.opening import open_measured
 from small_token_stores import INFO, make_store
@@ -80,6 +81,56 @@ def test_verify_refuses_damage_and_writes_nothing(tmp_path: Path) -> None:
     (tmp_path / "store/00000.skipped.jsonl").write_text("[1]\n")
     with refused("00000.skipped.jsonl is no list of skipped pictures"):
         verify_store(tmp_path / "store")
+
+
+def test_verify_ends_with_the_parts_that_are_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for parts, name in ((40, "store"), (2, "whole")):
+        make_store(tmp_path / name, info=replace(INFO, source={"name": "pictures", "parts": parts}))
+    assert verify_store(tmp_path / "whole")["missing_parts"] == 0
+    capsys.readouterr()
+    with refused("store: 2 of 40 parts are there: start the same qlip tokenize again"):
+        verify_store(tmp_path / "store", json=tmp_path / "facts.json")
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    assert (facts["missing_parts"], facts["rows"]) == (38, 17)
+    printed = capsys.readouterr().out
+    assert "17 pictures in 2 files" in printed and "0 pictures" in printed.splitlines()[-1], "all facts come first"
+    assert verify_store(tmp_path / "store/00001.parquet")["missing_parts"] == 0  # one file is taken as it is
+
+
+@pytest.mark.parametrize("tool", ["merge", "export"])
+def test_other_tools_warn_of_missing_parts_and_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tool: str
+) -> None:
+    make_store(tmp_path / "store", info=replace(INFO, source={"name": "pictures", "parts": 40}))
+    if tool == "merge":
+        merge_stores((tmp_path / "store",), out=tmp_path / "out")
+    else:
+        export_store(tmp_path / "store", tmp_path / "out", format="npy")
+    warning, *_, said = capsys.readouterr().out.splitlines()
+    assert warning.startswith("warning: ") and "store has 2 of 40 parts" in warning
+    assert warning.endswith("start the same qlip tokenize again") and said.startswith("17 rows")
+
+
+def test_verify_lists_what_differs_between_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def info(pillow: str, device: str) -> TokenStoreInfo:
+        reader = {"library": "pillow", "version": pillow}
+        versions = {"pillow": pillow, "torch": "2.12"} | ({"extra": "1"} if device == "cpu" else {})
+        return replace(INFO, versions=versions, picture_decoder=reader, encoding={"device": device, "dtype": "float32"})
+
+    make_store(tmp_path / "store", info=info("12.3.0", "cuda"), rows=(4, 4, 4))
+    make_store(tmp_path / "other", info=info("13.0.0", "cpu"), rows=(4,), prefix="m")
+    (tmp_path / "other/00000.parquet").rename(tmp_path / "store/00003.parquet")
+    facts = verify_store(tmp_path / "store")
+    assert facts["differing"] == {
+        "versions": {"pillow": {"12.3.0": 3, "13.0.0": 1}, "extra": {"unknown": 3, "1": 1}},
+        "picture_decoder": {"version": {"12.3.0": 3, "13.0.0": 1}},
+        "encoding": {"device": {"cuda": 3, "cpu": 1}},
+    }
+    printed = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "versions pillow 12.3.0 in 3 files, 13.0.0 in 1; extra unknown in 3 files, 1 in 1" in printed
+    assert "read by version 12.3.0 in 3 files, 13.0.0 in 1" in printed and "device cuda in 3 files, cpu in 1" in printed
+    (tmp_path / "store/00003.parquet").unlink()
+    assert verify_store(tmp_path / "store")["differing"] == {} and "versions" not in capsys.readouterr().out
 
 
 def test_export_says_what_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

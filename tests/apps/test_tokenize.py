@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import json
+import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from qlip.apps.tokenize import tokenize_images
 from qlip.core.errors import UserError
 from qlip.core.images import ImageLimits, open_image
 from qlip.data.caption_fields import captions_of_item
+from qlip.data.finished_files import only_writer
 from qlip.data.items import Item
 from qlip.data.token_store import TokenStore
 from qlip.data.token_writer import TokenWriter
@@ -229,13 +231,14 @@ def test_no_usable_picture_is_said(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_one_line(model: Path, shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Path, text: str) -> None:
+    def full(file: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tokenize.Path, "write_text", full)
-    with pytest.raises(UserError, match=r"cannot write .*00001\.skipped\.jsonl: No space left"):
-        made(model, shard, tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == ["00000.parquet"]
+    made(model, shard, tmp_path, max_samples=6)  # a first part that is whole
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"cannot write .*00000\.parquet: .*No space left"):
+        made(model, shard, tmp_path / "out")
+    assert not [file for file in (tmp_path / "out").iterdir() if file.name != ".lock"], "no half file"
 
 
 def test_views_embeddings_and_compression(model: Path, shard: Path, tmp_path: Path) -> None:
@@ -285,4 +288,20 @@ def test_too_many_broken_pictures_stop_the_work_early(model: Path, tmp_path: Pat
         (tmp_path / "pictures" / f"{number}.png").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"200 of 200 samples skipped, .*not an image"):
         made(model, tmp_path / "pictures", tmp_path / "out")
-    assert not list((tmp_path / "out").iterdir()), "no half file"
+    assert [file.name for file in (tmp_path / "out").iterdir() if file.name != ".lock"] == ["00000.skipped.jsonl"]
+    lines = (tmp_path / "out" / "00000.skipped.jsonl").read_text().splitlines()
+    assert len(lines) >= 200, "which ones is said, though there is no file of tokens"
+
+
+def test_a_damaged_list_of_skips_is_one_line(model: Path, shard: Path, tmp_path: Path) -> None:
+    made(model, shard, tmp_path)
+    (tmp_path / "00001.skipped.jsonl").write_text('{"key": "00')
+    with pytest.raises(UserError, match=r"00001\.skipped\.jsonl is no list of skipped pictures"):
+        made(model, shard, tmp_path)
+
+
+def test_two_calls_do_not_write_to_one_folder(model: Path, shard: Path, tmp_path: Path) -> None:
+    with only_writer(tmp_path), pytest.raises(UserError, match="another qlip command is writing"):
+        made(model, shard, tmp_path)
+    with pytest.raises(UserError, match="where the pictures are"):
+        made(model, shard, shard)

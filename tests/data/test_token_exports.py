@@ -1,6 +1,9 @@
 """Exports read back with numpy, json and our tar reader against ids computed by hand."""
 
+import errno
 import json
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +13,8 @@ import pytest
 import torch
 
 from qlip.core.errors import UserError
-from qlip.data.finished_files import finished_file
+from qlip.data import finished_files
+from qlip.data.finished_files import claim_folder, finished_file, only_writer
 from qlip.data.tar_reader import RawSample, iterate_tar
 from qlip.data.token_exports import ExportFormat, export_tokens
 from qlip.data.token_files import TokenRows, pack_bits
@@ -235,7 +239,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
 )
 def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path: Path, format: ExportFormat, file: str) -> None:
     make_store(tmp_path / "store", labels=True)
-    temporary = tmp_path / "out" / f"{file}.tmp"
+    temporary = tmp_path / "out" / f"{file}.qlip-{os.getpid()}.tmp"
     temporary.parent.mkdir(parents=True)
     temporary.symlink_to("/dev/full")
     if format == "llamagen":
@@ -259,8 +263,96 @@ def test_a_finished_file_is_whole_or_not_there(tmp_path: Path) -> None:
         raise KeyError
     assert not list((tmp_path / "deep").iterdir())
     (tmp_path / "file").touch()
-    with refused("cannot write", "another OUT"), finished_file(tmp_path / "file/a.bin"):
+    (tmp_path / "folder").mkdir()
+    for name, what in (("file/a.bin", "file"), ("file/deep/a.bin", "file"), ("folder", "folder")):
+        in_the_way = refused(f"cannot write .*{name}: a {what} is in the way; choose another OUT")
+        with in_the_way, finished_file(tmp_path / name) as file:
+            file.write(b"all")
+    with refused("file/job.json: a file is in the way; choose another OUT"):
+        claim_folder(tmp_path / "file", "job.json", {}, writes=["a.bin"])
+    (tmp_path / "folder/job.json").mkdir()
+    with refused("folder/job.json: a folder is in the way; choose another OUT"):
+        claim_folder(tmp_path / "folder", "job.json", {}, writes=[])
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["deep", "file", "folder", "job.json"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc")
+def test_a_finished_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, synced = tmp_path / "a.bin", []
+
+    def sync(file: int) -> None:
+        link = Path(f"/proc/self/fd/{file}").readlink()
+        synced.append((link, path.exists(), link.stat().st_size if link.is_file() else 0))
+        if link.is_dir():
+            raise OSError(errno.EINVAL, "some file systems sync no folders")
+
+    monkeypatch.setattr(finished_files.os, "fsync", sync)
+    with finished_file(path) as file:
+        file.write(b"whole")
+    assert [(named, size) for _, named, size in synced] == [(False, 5), (True, 0)]
+    assert synced[0][0].parent == synced[1][0] == tmp_path and path.read_bytes() == b"whole"
+
+
+def test_two_processes_that_write_one_file_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with finished_file(tmp_path / "a.bin") as mine:
+        mine.write(b"mine")
+        with monkeypatch.context() as patch:
+            patch.setattr(finished_files.os, "getpid", lambda: 1)
+            with finished_file(tmp_path / "a.bin") as other:
+                other.write(b"the other's")
+        assert (tmp_path / "a.bin").read_bytes() == b"the other's"
+    assert (tmp_path / "a.bin").read_bytes() == b"mine" and len(list(tmp_path.iterdir())) == 1
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from qlip.data.finished_files import finished_file, only_writer
+with only_writer(Path(sys.argv[1])), finished_file(Path(sys.argv[1]) / "deep/a.bin") as file:
+    print("here", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_one_process_writes_to_a_folder_until_it_is_killed(tmp_path: Path) -> None:
+    make_store(tmp_path / "store")
+    out, store = tmp_path / "out", TokenStore(tmp_path / "store")
+    with subprocess.Popen([sys.executable, "-c", WRITER, out], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"here\n"
+        with refused("another qlip command is writing to .*out; wait for it or stop it"):
+            export_tokens(store, out, format="npy")
+        assert not (out / "export.json").exists() and len(list(out.glob("deep/*.tmp"))) == 1
+        other.kill()
+    (out / "deep/my.1.tmp").touch()
+    (out / f"a.qlip-{os.getppid()}.tmp").touch()  # where there are no locks, another one may be at work
+    export_tokens(store, out, format="npy")
+    assert {file.name for file in out.rglob("*.tmp")} == {"my.1.tmp", f"a.qlip-{os.getppid()}.tmp"}
+    assert (out / "00001.npy").exists()
+
+
+def test_the_lock_ends_with_its_block(tmp_path: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(KeyError), only_writer(tmp_path / "deep/out"):
+            with refused("another qlip command"), only_writer(tmp_path / "deep/out"):
+                pass
+            raise KeyError
+    (tmp_path / "file").touch()
+    with refused("cannot write .*file: a file is in the way"), only_writer(tmp_path / "file"):
         pass
+
+
+@pytest.mark.parametrize("number", ["ENOLCK", "EOPNOTSUPP", "EIO"])
+def test_file_systems_without_locks_go_on_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: str) -> None:
+    def no_lock(file: int, how: int) -> None:
+        raise OSError(getattr(errno, number), number)
+
+    monkeypatch.setattr(finished_files.fcntl, "flock", no_lock)
+    if number == "EIO":
+        with refused("cannot write .*EIO"), only_writer(tmp_path):
+            pass
+    else:
+        with only_writer(tmp_path), only_writer(tmp_path):
+            pass
 
 
 def test_damage_is_named(tmp_path: Path) -> None:

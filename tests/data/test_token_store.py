@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from qlip.core.errors import UserError
 from qlip.data.token_dataset import TokenDataset
 from qlip.data.token_files import TokenRows, TokenStoreInfo, pack_bits, unpack_bits
+from qlip.data.token_loader import TokenDataConfig, token_loader
 from qlip.data.token_store import TokenStore
 from qlip.data.token_writer import TokenWriter
 
@@ -158,6 +159,57 @@ def test_mixed_files_are_refused(tmp_path: Path, change: dict) -> None:
     (name, value), *_ = change.items()
     with refused("1.parquet has", name, str(value), "0.parquet has", "folder of its own"):
         TokenStore(tmp_path)
+
+
+@pytest.mark.parametrize("width", [0, 4], ids=["without embeddings", "with embeddings"])
+def test_embeddings_of_two_models_are_refused(tmp_path: Path, width: int) -> None:
+    for name in ("old", "new"):
+        info = replace(INFO, embedding_width=width, decoder={"fingerprint": name})
+        rows = replace(rows_of(random_bits(1)), embeddings=np.eye(1, width, dtype=np.float16) if width else None)
+        with TokenWriter(tmp_path / f"{name}.parquet", info) as writer:
+            writer.write(rows)
+    if not width:  # any decoder of the encoder will do
+        assert len(TokenStore(tmp_path)) == 2
+        return
+    with refused("old.parquet has embeddings of model old, new.parquet of new", "folder of its own"):
+        TokenStore(tmp_path)
+
+
+def test_a_store_without_views_is_refused(tmp_path: Path) -> None:
+    info = replace(INFO, views=())
+    write(tmp_path / "0.parquet", random_bits(3, info), info)
+    with refused("0.parquet", "no views", "remove it"):
+        TokenStore(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "said,missing",
+    [({}, 0), ({"parts": 5}, 3), ({"parts": 2}, 0), ({"parts": 1}, 0), ({"parts": "5"}, 0), ({"parts": True}, 0)],
+    ids=lambda value: str(value),
+)
+def test_missing_parts_are_counted(
+    tmp_path: Path, said: dict, missing: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    info = replace(INFO, source={"name": "pictures", **said})
+    for number in range(2):
+        write(tmp_path / f"{number}.parquet", random_bits(3), info, first=3 * number)
+    store = TokenStore(tmp_path)
+    assert store.num_missing_parts == missing and TokenStore(tmp_path / "0.parquet").num_missing_parts == 0
+    store.warn_of_missing_parts()
+    assert ("has 2 of 5 parts" in capsys.readouterr().out) == bool(missing)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_training_on_a_store_that_is_not_finished_warns_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], rank: int
+) -> None:
+    write(tmp_path / "0.parquet", random_bits(9), replace(INFO, source={"parts": 3}))
+    config = TokenDataConfig(tokens=str(tmp_path), batch_size=2)
+    loader = token_loader(
+        config, tokenize=lambda texts: {}, encoder_fingerprint="a" * 64, seed=0, rank=rank, num_ranks=2
+    )
+    assert len(next(iter(loader))["key"]) == 2
+    assert capsys.readouterr().out.count("1 of 3 parts") == (rank == 0)
 
 
 def test_another_encoder_is_refused_with_both_fingerprints(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_results_do_not_become_data(halver, pictures, tmp_path):
         with pytest.raises(UserError, match="whose pictures it would join"):
             run_evals("model", request, device="cpu")
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot write to .*choose another --out"):
+    with pytest.raises(UserError, match=r"cannot write to .*choose another folder"):
         run_evals("model", replace(request, folder=tmp_path / "file" / "out"), device="cpu")
     assert halver.batches == []
 

@@ -188,7 +188,7 @@ def test_a_mended_mistake_can_be_started_in_the_same_folder(tmp_path, data):
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, data):
     (tmp_path / "file").write_text("")
     config = three_steps("scenes_tiny", data)
-    with pytest.raises(UserError, match=r"cannot write to .*file/run: .*; choose another --out") as error:
+    with pytest.raises(UserError, match=r"cannot write to .*file/run: .*; choose another folder") as error:
         run_recipe(config, folder=tmp_path / "file" / "run")
     assert "\n" not in str(error.value)
 

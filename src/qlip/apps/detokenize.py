@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qlip.core.errors import UserError
 from qlip.core.log import console, progress
-from qlip.data.finished_files import claim_folder, finished_file
+from qlip.data.finished_files import claim_folder, finished_file, only_writer
 from qlip.data.token_keys import file_name_of
 from qlip.data.token_store import TokenStore
 from qlip.engine.parallel import pick_device
@@ -45,7 +45,7 @@ def detokenize_store(
 
     `image_size` is that of `open_image_tokenizer`. `max_samples` takes the first so many pictures with all their views,
     0 all. Pictures that are there are kept. Raises `UserError` for a tokenizer whose encoder has not made the store, a
-    folder of other pictures, damage, and a full disk.
+    folder of other pictures or that another process writes to, damage, and a full disk.
     """
     folder = Path(out).expanduser()
     if batch_size < 1 or max_samples < 0:
@@ -66,16 +66,12 @@ def detokenize_store(
         "model_fingerprint": _model_fingerprint(tokenizer),
         "image_size": tokenizer.image_size,
     }
-    claim_folder(folder, MARKER, said, writes=[file.stem for file in store.files])
-    tokenizer.to(place)
     num_rows = min(len(store), max_samples * len(store.info.views) or len(store))
     missing = _Missing(store, folder, ending=format, num_rows=num_rows)
-    size = min(batch_size, num_rows)
-    with progress("detokenize", num_rows) as bar, ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
-        while batch := list(islice(missing, size)):
-            pictures = _decoded(tokenizer, batch, store, size=size)
-            list(threads.map(_save, (row.path for row in batch), pictures))
-            bar.update(missing.num_seen)
+    with only_writer(folder):
+        claim_folder(folder, MARKER, said, writes=[file.stem for file in store.files])
+        tokenizer.to(place)
+        _write_pictures(tokenizer, missing, store, size=min(batch_size, num_rows))
     kept = f", {missing.num_kept} of them from an earlier call" if missing.num_kept else ""
     console.print(f"{num_rows} pictures of side {tokenizer.image_size} in {folder}{kept}", markup=False)
     return folder
@@ -92,7 +88,7 @@ class _Missing:
     """The first `num_rows` rows of a store that have no picture yet, in order."""
 
     def __init__(self, store: TokenStore, folder: Path, *, ending: str, num_rows: int) -> None:
-        self._store, self._folder, self._ending, self._num_rows = store, folder, ending, num_rows
+        self._store, self._folder, self._ending, self.num_rows = store, folder, ending, num_rows
         self.num_seen, self.num_kept = 0, 0
         self._rows = self._read()
 
@@ -101,17 +97,25 @@ class _Missing:
 
     def _read(self) -> Iterator[_Row]:
         for file, group, _ in self._store.row_groups:
-            if self.num_seen == self._num_rows:
+            if self.num_seen == self.num_rows:
                 return
             folder = self._folder / self._store.files[file].stem
             rows = self._store.read_rows(file, group)
-            for key, packed in islice(zip(rows.keys, rows.packed, strict=True), self._num_rows - self.num_seen):
+            for key, packed in islice(zip(rows.keys, rows.packed, strict=True), self.num_rows - self.num_seen):
                 path = folder / f"{file_name_of(key)}.{self._ending}"
                 self.num_seen += 1
                 if path.exists():
                     self.num_kept += 1
                 else:
                     yield _Row(path, packed)
+
+
+def _write_pictures(tokenizer: ImageTokenizer, missing: _Missing, store: TokenStore, *, size: int) -> None:
+    with progress("detokenize", missing.num_rows) as bar, ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
+        while batch := list(islice(missing, size)):
+            pictures = _decoded(tokenizer, batch, store, size=size)
+            list(threads.map(_save, (row.path for row in batch), pictures))
+            bar.update(missing.num_seen)
 
 
 def _decoded(tokenizer: ImageTokenizer, batch: list[_Row], store: TokenStore, *, size: int) -> Tensor:

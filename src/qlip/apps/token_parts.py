@@ -8,20 +8,20 @@ Shapes: `b` pictures, `v` views of each, `S` their side, `n` tokens, `L` bits of
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from qlip.apps.decoding import DecodedBatch, DecodeOptions, DecodePool, num_views
+from qlip.apps.decode_pool import DecodePool, Place
+from qlip.apps.decoding import DecodedBatch, DecodeOptions, num_views
 from qlip.apps.encoding import Encoded, TokenizeOptions, encoder_of
 from qlip.core.errors import UserError
-from qlip.data.items import Item
+from qlip.data.finished_files import finished_file
 from qlip.data.ledger import Ledger, kind_of
 from qlip.data.source_parts import Part
 from qlip.data.tar_reader import Skip
@@ -62,38 +62,41 @@ class PartMaker:
         )
         self._num_views = num_views(decoding)
         self._pictures_at_once = max(1, options.batch_size // self._num_views)
-        self.ledger = Ledger(None, max_skip_share=options.max_skip_share)
+        self.ledger = Ledger(None, max_skip_share=options.max_skip_share, listed=str(skipped_file(options.out, "*")))
         """Of everything made here; `make` stops when too large a share is skipped."""
         self._pool = DecodePool(decoding, workers=options.workers)
 
-    def make(self, parts: Iterable[Part], *, on_rows: Callable[[int], None]) -> Iterator[PartDone]:
-        """Make the file of each part, in their order; `on_rows` hears of every so many items and skips.
+    def make(self, parts: list[Part], *, on_rows: Callable[[int], None]) -> Iterator[PartDone]:
+        """Make the file of each part, as many at a time as there are decoders; `on_rows` hears of items and skips.
 
         The pictures of the next batches are decoded, and the rows of the one before written, while one is encoded.
-        Raises `UserError` for a full disk and when too many pictures are skipped; the part's file is then not there.
+        Raises `UserError` for a full disk and when too many pictures are skipped; files that are not whole are taken
+        away.
         """
-        writing: _OpenPart | None = None
+        writing: dict[str, _OpenPart] = {}
         try:
             for place, batch, encoded in _delayed(self._encoded(parts)):
-                if writing is None:
-                    writing = _OpenPart(place.name, self.options, self.info)
-                writing.add(batch, encoded, num_views=self._num_views)
+                if place.part not in writing:
+                    writing[place.part] = _OpenPart(place.part, self.options, self.info)
+                part = writing[place.part]
+                part.add(batch, encoded, num_views=self._num_views)
                 self._count(batch)
                 on_rows(len(batch.keys) + len(batch.skips))
                 if place.is_last:
-                    done, writing = writing.finish(), None
+                    done = part.finish()
+                    del writing[place.part]
                     yield done
         except BaseException as error:
-            if writing is not None:
-                writing.abandon(error)
+            for part in writing.values():
+                part.abandon(error)
             raise
 
     def close(self) -> None:
         """End the workers."""
         self._pool.close()
 
-    def _encoded(self, parts: Iterable[Part]) -> Iterator[tuple[_Place, DecodedBatch, Encoded | None]]:
-        for place, batch in self._pool.decode(_chunks(parts, self._pictures_at_once)):
+    def _encoded(self, parts: list[Part]) -> Iterator[tuple[Place, DecodedBatch, Encoded | None]]:
+        for place, batch in self._pool.decode(parts, size=self._pictures_at_once):
             yield place, batch, self._encode(batch.pixels) if batch.keys else None
 
     def _count(self, batch: DecodedBatch) -> None:
@@ -103,29 +106,9 @@ class PartMaker:
             self.ledger.skip(skip, epoch=0)
 
 
-class _Place(NamedTuple):
-    """Which part a batch is of, and whether it ends it."""
-
-    name: str
-    is_last: bool
-
-
-def _chunks(parts: Iterable[Part], size: int) -> Iterator[tuple[_Place, list[Item | Skip]]]:
-    """Runs of so many entries of each part, at least one run a part."""
-    for name, source in parts:
-        entries = iter(source.items())
-        chunk = list(islice(entries, size))
-        while True:
-            following = list(islice(entries, size))
-            yield _Place(name, not following), chunk
-            if not following:
-                break
-            chunk = following
-
-
 def _delayed(
-    batches: Iterator[tuple[_Place, DecodedBatch, Encoded | None]],
-) -> Iterator[tuple[_Place, DecodedBatch, Encoded | None]]:
+    batches: Iterator[tuple[Place, DecodedBatch, Encoded | None]],
+) -> Iterator[tuple[Place, DecodedBatch, Encoded | None]]:
     """One batch late, so that the device works on the next one while this one is written."""
     before = next(batches, None)
     if before is None:
@@ -177,7 +160,10 @@ class _OpenPart:
         )
 
     def abandon(self, error: BaseException) -> None:
+        """Take the file away; what was skipped so far stays listed."""
         self.writer.__exit__(type(error), error, None)
+        with contextlib.suppress(UserError):  # the disk is full, which is being said already
+            _write_skips(skipped_file(self.options.out, self.name), self.skips)
 
 
 def part_file(out: Path, name: str) -> Path:
@@ -196,9 +182,7 @@ def finished(out: Path, name: str, *, num_views: int) -> PartDone | None:
     if not file.exists():
         return None
     _, footer = open_tokens(file)
-    ledger = skipped_file(out, name)
-    lines = [json.loads(line) for line in ledger.read_text().splitlines()] if ledger.exists() else []
-    skips = [Skip(key=line["key"], reason=line["reason"], shard=line["shard"], count=line["count"]) for line in lines]
+    skips = _read_skips(skipped_file(out, name))
     num_good = footer.num_rows // num_views
     return PartDone(name=name, num_good=num_good, skipped=_by_kind(skips), num_entries=num_good + len(skips))
 
@@ -215,10 +199,26 @@ def _by_kind(skips: list[Skip]) -> dict[str, int]:
 
 
 def _write_skips(file: Path, skips: list[Skip]) -> None:
+    """Without skips no file. Raises `UserError` when it cannot be written."""
     try:
         file.unlink(missing_ok=True)
-        if skips:
-            lines = [{"key": s.key, "reason": s.reason, "shard": s.shard, "count": s.count} for s in skips]
-            file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     except OSError as error:
-        raise UserError(f"cannot write {file}: {error.strerror}; free disk space or choose another OUT") from None
+        raise UserError(f"cannot write {file}: {error.strerror}; choose another OUT") from None
+    if skips:
+        lines = [{"key": s.key, "reason": s.reason, "shard": s.shard, "count": s.count} for s in skips]
+        with finished_file(file) as opened:
+            opened.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+
+
+def _read_skips(file: Path) -> list[Skip]:
+    """Raises `UserError` for a damaged file."""
+    try:
+        lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        return [
+            Skip(key=line["key"], reason=line["reason"], shard=line["shard"], count=line["count"]) for line in lines
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{file} is no list of skipped pictures ({type(error).__name__}): remove it with the part's .parquet, and "
+            "run qlip tokenize again, which makes what is missing"
+        ) from None

@@ -19,11 +19,14 @@ from qlip.data.token_merge import check_merged_keys, plan_merge, skipped_ledgers
 from qlip.data.token_store import TokenStore
 from qlip.engine.run_folder import make_writable
 
+DIFFERING = {"versions": "versions", "picture_decoder": "read by", "encoding": "device"}
+
 
 def verify_store(store: str | Path, *, model: str = "", json: Path | None = None) -> dict[str, Any]:
     """Read every row, print what was found, and return it; `json` is a file for the same facts.
 
-    Raises `UserError`, naming the file, for damage (`TokenStore.verify`), and for a store that `model` has not made.
+    Raises `UserError`, naming the file, for damage (`TokenStore.verify`), for a store that `model` has not made, and,
+    once all is printed and written, for one that is not finished.
     """
     tokens = TokenStore(store)
     if model:
@@ -45,6 +48,9 @@ def verify_store(store: str | Path, *, model: str = "", json: Path | None = None
     if json is not None:
         with finished_file(Path(json)) as file:
             file.write(dumps(facts, indent=1).encode() + b"\n")
+    if tokens.num_missing_parts:
+        there = f"{len(tokens.files)} of {tokens.num_parts} parts are there"
+        raise UserError(f"{tokens.path}: {there}: start the same qlip tokenize again")
     return facts
 
 
@@ -59,6 +65,8 @@ def merge_stores(
     folder = Path(out).expanduser()
     opened = [TokenStore(store) for store in stores]
     merge = plan_merge(opened, out=folder, rows_per_file=rows_per_file, compress=compress)
+    for store in opened:
+        store.warn_of_missing_parts()
     with _rows_bar("keys", merge.num_rows) as on_rows:
         check_merged_keys(merge, on_rows=on_rows)
     make_writable(folder)
@@ -73,6 +81,7 @@ def merge_stores(
 def export_store(store: str | Path, out: str | Path, *, format: ExportFormat) -> Path:
     """Write a token store in the format of another project; returns the folder. Raises as `export_tokens` does."""
     tokens, folder = TokenStore(store), Path(out).expanduser()
+    tokens.warn_of_missing_parts()
     with _rows_bar(format, len(tokens)) as on_rows:
         num_left_out = export_tokens(tokens, folder, format=format, on_rows=on_rows)
     left_out = f", {num_left_out} left out, which have no caption" if num_left_out else ""
@@ -137,6 +146,8 @@ def _facts(store: TokenStore, seen: _Seen) -> dict[str, Any]:
         "file_bytes_per_row": file_bytes / num_rows if num_rows else None,
         "bits_per_pixel": 8 * bits_bytes / num_rows / pixels if num_rows and pixels else None,
         "packed_bits_per_pixel": 8 * info.row_bytes / pixels if pixels else None,
+        "differing": _differing(store),
+        "missing_parts": store.num_missing_parts,
         "skipped": _skipped(store),
         "attempts": _attempts(folder) if store.path.is_dir() else {},
         "unfinished": sorted(file.name for file in folder.glob("*.tmp")) if store.path.is_dir() else [],
@@ -154,6 +165,29 @@ def _bits_of(store: TokenStore) -> tuple[str, int]:
             columns = (group.column(number) for number in range(group.num_columns))
             num_bytes += sum(c.total_compressed_size for c in columns if c.path_in_schema == name)
     return kinds.pop() if len(kinds) == 1 else "mixed", num_bytes
+
+
+def _differing(store: TokenStore) -> dict[str, dict[str, dict[str, int]]]:
+    """Where the files say different things: `versions` -> a package -> a version -> in how many files."""
+    said: dict[str, list[dict[str, str]]] = {
+        "versions": [info.versions for info in store.infos],
+        "picture_decoder": [info.picture_decoder for info in store.infos],
+        "encoding": [{"device": str(info.encoding.get("device", ""))} for info in store.infos],
+    }
+    differing: dict[str, dict[str, dict[str, int]]] = {}
+    for name, of_files in said.items():
+        for kind in dict.fromkeys(kind for values in of_files for kind in values):
+            counts = Counter(values.get(kind) or "unknown" for values in of_files)
+            if len(counts) > 1:
+                differing.setdefault(name, {})[kind] = dict(counts.most_common())
+    return differing
+
+
+def _in_files(name: str, kind: str, counts: dict[str, int]) -> str:
+    """`pillow 12.3.0 in 30 files, 13.0.0 in 10`."""
+    first, *others = counts.items()
+    texts = [f"{first[0]} in {first[1]} file{'s' * (first[1] > 1)}", *(f"{value} in {num}" for value, num in others)]
+    return ", ".join(texts) if name == "encoding" else f"{kind} {', '.join(texts)}"
 
 
 def _skipped(store: TokenStore) -> dict[str, int]:
@@ -196,6 +230,8 @@ def _lines(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "bytes", f"{size} ({facts['bits_are']}; {facts['packed_bytes_per_row']} is packing alone)"
     if facts["bits_are"] != "packed" and facts["bits_per_pixel"]:
         yield "bits a pixel", f"{facts['bits_per_pixel']:.4f}, packed {facts['packed_bits_per_pixel']:.4f}"
+    for name, said in facts["differing"].items():
+        yield DIFFERING[name], "; ".join(_in_files(name, kind, counts) for kind, counts in said.items())
     skipped = facts["skipped"]
     kinds = ", ".join(f"{kind} ({count})" for kind, count in skipped.items())
     yield "skipped", f"{sum(skipped.values())} pictures" + (f": {kinds}" if skipped else "")

@@ -19,12 +19,13 @@ from typing import Any, Literal
 import torch
 
 from qlip.apps.encoding import TokenizeOptions
-from qlip.apps.token_parts import PartDone, PartMaker, finished
+from qlip.apps.token_parts import PartDone, PartMaker, finished, skipped_file
 from qlip.core import pixels
 from qlip.core.config import differences, to_json
 from qlip.core.errors import UserError
 from qlip.core.log import ProgressLine, console, progress
 from qlip.data.caption_fields import check_fields
+from qlip.data.finished_files import only_writer
 from qlip.data.items import Source
 from qlip.data.ledger import Ledger
 from qlip.data.source_parts import Part, limited_parts, parts_of
@@ -76,8 +77,7 @@ def tokenize_images(
     picture has, a larger share than `options.max_skip_share` of unusable pictures, keys that come twice, a full disk.
     """
     options = replace(options, out=options.out.expanduser())
-    if min(options.batch_size, part_items) < 1 or max_samples < 0:
-        raise UserError(f"batch_size {options.batch_size}, max_samples {max_samples}: give at least 1, and 0 or more")
+    _refuse_impossible(src, options, max_samples=max_samples, part_items=part_items)
     tokenizer = open_image_tokenizer(options.model, image_size=options.image_size)
     source = open_source(src, images=images, split=split)
     check_fields(source, options.caption_fields)
@@ -93,13 +93,27 @@ def tokenize_images(
     info = store_info(tokenizer, options, said, class_names=source.class_names)
     _refuse_other_tokens(options.out, info)
     make_writable(options.out)
-    job = _Job(options=options, info=info, total=min(filter(None, (max_samples, source.num_items)), default=0))
-    todo = job.count_finished(parts)
-    if engine == "ray":
-        job.make_on_ray(todo, ray or RayOptions())
-    else:
-        job.make_here(todo, tokenizer)
-    return job.concluded(source)
+    with only_writer(options.out):
+        job = _Job(options=options, info=info, total=min(filter(None, (max_samples, source.num_items)), default=0))
+        todo = job.count_finished(parts)
+        if engine == "ray":
+            job.make_on_ray(todo, ray or RayOptions())
+        else:
+            job.make_here(todo, tokenizer)
+        return job.concluded(source)
+
+
+def _refuse_impossible(src: str, options: TokenizeOptions, *, max_samples: int, part_items: int) -> None:
+    if min(options.batch_size, part_items) < 1 or min(max_samples, options.workers) < 0:
+        raise UserError(
+            f"batch_size {options.batch_size}, max_samples {max_samples}, workers {options.workers}: give a batch at "
+            "least 1, the others 0 or more"
+        )
+    if not 0 <= options.max_skip_share <= 1:
+        raise UserError(f"max_skip_share {options.max_skip_share:g} is no share: give 0 to 1")
+    place = Path(src).expanduser()
+    if place.is_dir() and options.out.resolve() == place.resolve():
+        raise UserError(f"OUT {options.out} is where the pictures are: choose a folder of its own for the tokens")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -115,7 +129,8 @@ class _Job:
     ledger: Ledger = None  # type: ignore[assignment]  # made below
 
     def __post_init__(self) -> None:
-        self.ledger = Ledger(None, max_skip_share=self.options.max_skip_share)
+        listed = str(skipped_file(self.options.out, "*"))
+        self.ledger = Ledger(None, max_skip_share=self.options.max_skip_share, listed=listed)
 
     def count_finished(self, parts: list[Part]) -> list[Part]:
         """The parts that are still to be made; those of an earlier call are counted."""
@@ -172,7 +187,7 @@ class _Job:
         bits = f"{self.info.num_tokens} x {self.info.num_bits} bits in {folder}"
         views = f" in {len(self.info.views)} views: {rows} rows" if len(self.info.views) > 1 else ""
         left_out = f", {skipped.total()} skipped ({folder}/*.skipped.jsonl)" if skipped else ""
-        console.print(f"{self.ledger.num_good} pictures{views} of {bits}{left_out}")
+        console.print(f"{self.ledger.num_good} pictures{views} of {bits}{left_out}", markup=False)
         return folder
 
     def _collect(self, parts: Iterator[PartDone]) -> None:

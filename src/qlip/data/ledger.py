@@ -22,9 +22,13 @@ def kind_of(reason: str) -> str:
 class Ledger:
     """Counts good and skipped samples of one reader; several readers may append to one file."""
 
-    def __init__(self, path: Path | None, *, max_skip_share: float) -> None:
-        """`path` None only counts. `max_skip_share` of all samples seen may be skipped before `check` stops the run."""
+    def __init__(self, path: Path | None, *, max_skip_share: float, listed: str = "") -> None:
+        """`path` None only counts. `max_skip_share` of all samples seen may be skipped before `check` stops the run.
+
+        `listed` says where somebody else lists them, for its message.
+        """
         self.path = path
+        self._listed = f"every one is in {path or listed}" if path or listed else "`qlip data inspect` lists them"
         self.max_skip_share = max_skip_share
         self.num_good = 0
         self.skipped: Counter[str] = Counter()
@@ -55,10 +59,9 @@ class Ledger:
         if num_skipped <= self.max_skip_share * num_seen:
             return
         reasons = ", ".join(f"{kind} ({count})" for kind, count in self.skipped.most_common(3))
-        where = f"every one is in {self.path}" if self.path is not None else "`qlip data inspect` lists them"
         raise UserError(
             f"{num_skipped} of {num_seen} samples skipped, more than max_skip_share {self.max_skip_share:g}: "
-            f"{reasons}; {where}; mend the data or raise max_skip_share"
+            f"{reasons}; {self._listed}; mend the data or raise max_skip_share"
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import numpy as np
 
 from qlip.core.config import to_json
 from qlip.core.errors import UserError
-from qlip.data.finished_files import claim_folder, finished_file
+from qlip.data.finished_files import claim_folder, finished_file, only_writer
 from qlip.data.token_files import TokenRows
 from qlip.data.token_keys import KeyCheck, read_column, sample_name_of
 from qlip.data.token_store import TokenStore
@@ -36,7 +36,7 @@ def export_tokens(store: TokenStore, out: Path, *, format: ExportFormat, on_rows
 
     Only rows without caption are left out, and only where LlamaGen's files of captions have no place for them.
     `on_rows` hears of every so many rows. Raises `UserError` for a store without what the format needs, a folder of
-    another export, damage, and a full disk.
+    another export or that another process writes to, damage, and a full disk.
     """
     if not len(store):
         raise UserError(f"{store.path} has no rows; make some with qlip tokenize")
@@ -60,8 +60,9 @@ def export_tokens(store: TokenStore, out: Path, *, format: ExportFormat, on_rows
     else:
         write, writes = _write_npy, [f"{stem}.{ending}" for stem in stems for ending in ("npy", "jsonl")]
     said = {"format": format, "store": store.identity(), **to_json(store.info)}
-    claim_folder(out, MARKER, said, writes=writes)
-    return write(store, out, on_rows)
+    with only_writer(out):
+        claim_folder(out, MARKER, said, writes=writes)
+        return write(store, out, on_rows)
 
 
 class _Row(NamedTuple):

@@ -218,4 +218,6 @@ def token_loader(
     store.require(encoder_fingerprint)
     if store.num_without_captions() == len(store) > 0:
         raise UserError(f"{store.path} has no captions: run qlip tokenize on captioned pictures, into another folder")
+    if rank == 0:
+        store.warn_of_missing_parts()
     return TokenLoader(store, config, tokenize=tokenize, seed=seed, rank=rank, num_ranks=num_ranks)

@@ -17,7 +17,7 @@ from typing import Any
 
 from qlip.core.config import differences, to_json
 from qlip.core.errors import UserError
-from qlip.data.finished_files import finished_file
+from qlip.data.finished_files import finished_file, only_writer
 from qlip.data.token_files import TokenRows, TokenStoreInfo, open_tokens
 from qlip.data.token_keys import KeyCheck, read_column
 from qlip.data.token_store import TokenStore
@@ -25,6 +25,7 @@ from qlip.data.token_writer import TokenWriter
 
 MUST_AGREE = ("encoder_fingerprint", "num_bits", "grid", "views", "embedding_width", "class_names", "transform")
 LEDGER = "merged.skipped.jsonl"
+MIXED = "mixed"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -91,11 +92,18 @@ def check_merged_keys(merge: Merge, *, on_rows: Callable[[int], None] = lambda n
 
 
 def write_merge(merge: Merge, *, on_rows: Callable[[int], None] = lambda num: None) -> int:
-    """Write the files that are missing; returns how many were there. Raises `UserError` for damage and a full disk.
+    """Write the files that are missing; returns how many were there.
 
-    A compressed file's rows are in memory until it is written, else a row group.
+    A compressed file's rows are in memory until it is written, else a row group. Raises `UserError` for damage, a full
+    disk, and a folder that another process writes to or has written other tokens to.
     """
-    _write_ledger(merge)
+    with only_writer(merge.out):
+        _refuse_other_tokens(merge)  # again: until here another merge could write there
+        _write_ledger(merge)
+        return _write_files(merge, on_rows)
+
+
+def _write_files(merge: Merge, on_rows: Callable[[int], None]) -> int:
     num_there, size = 0, merge.rows_per_file
     for number, path in enumerate(merge.files):
         start, stop = number * size, min((number + 1) * size, merge.num_rows)
@@ -113,8 +121,7 @@ def write_merge(merge: Merge, *, on_rows: Callable[[int], None] = lambda num: No
 def _require_one_kind(stores: list[TokenStore]) -> None:
     """Also file by file, since a store itself is not asked to have one set of classes."""
     first_file, first = stores[0].files[0], stores[0].info
-    for file in (file for store in stores for file in store.files):
-        info, _ = open_tokens(file)
+    for file, info in ((file, info) for store in stores for file, info in zip(store.files, store.infos, strict=True)):
         for name in MUST_AGREE:
             here, there = getattr(info, name), getattr(first, name)
             if here != there:
@@ -135,17 +142,33 @@ def _merged_info(stores: list[TokenStore], *, rows_per_file: int, compress: bool
             "name": store.path.name,
             "identity": store.identity(),
             "rows": len(store),
-            "encoding": dict(store.info.encoding),
+            "encoding": _common([info.encoding for info in store.infos]),
+            "picture_decoder": _common([info.picture_decoder for info in store.infos]),
+            "versions": _common([info.versions for info in store.infos]),
             "source": dict(store.info.source),
         }
         for store in stores
     ]
+    infos = [info for store in stores for info in store.infos]
     return replace(
         stores[0].info,
+        encoding=_common([info.encoding for info in infos]) | {"compressed": compress},
+        picture_decoder=_common([info.picture_decoder for info in infos]),
+        versions=_common([info.versions for info in infos]),
         source={"merged": merged, "rows_per_file": rows_per_file, "compress": compress},
         codec={},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def _common(dictionaries: list[dict[str, Any]]) -> dict[str, Any]:
+    """What all say, with "mixed" for values that differ."""
+    first = dictionaries[0]
+    names = dict.fromkeys(name for values in dictionaries for name in values)
+    return {
+        name: first[name] if all(name in v and v[name] == first.get(name) for v in dictionaries) else MIXED
+        for name in names
+    }
 
 
 def _refuse_other_tokens(merge: Merge) -> None:

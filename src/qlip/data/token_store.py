@@ -16,7 +16,16 @@ import numpy as np
 from torch import Tensor
 
 from qlip.core.errors import UserError
-from qlip.data.token_files import REMEDY, TokenRows, num_null_captions, open_tokens, read_row_group, unpack_bits
+from qlip.core.log import console
+from qlip.data.token_files import (
+    REMEDY,
+    TokenRows,
+    TokenStoreInfo,
+    num_null_captions,
+    open_tokens,
+    read_row_group,
+    unpack_bits,
+)
 from qlip.data.token_keys import KeyCheck, read_column
 
 NORM_TOLERANCE = 0.01  # of embeddings, which are float16
@@ -44,21 +53,16 @@ class TokenStore:
     def __init__(self, path: str | Path) -> None:
         """Reads footers only.
 
-        Raises `UserError` for what is no token store, and for files whose encoder, bits or grid differ.
+        Raises `UserError` for what is no token store, and for files whose encoder, bits, grid or views differ, or whose
+        embeddings are of different models.
         """
         self.path = Path(path).expanduser()
         self.files = _token_files(self.path)
         opened = [open_tokens(file) for file in self.files]
         self.info = opened[0][0]
-        for file, (info, _) in zip(self.files, opened, strict=True):
-            for name in ("encoder_fingerprint", "num_bits", "grid", "views", "embedding_width"):
-                here, first = getattr(info, name), getattr(self.info, name)
-                if here != first:
-                    raise UserError(
-                        f"{file} has {name} {here}, {self.files[0].name} has {first}: put the tokens of each "
-                        "tokenizer into a folder of its own"
-                    )
-        self._infos = [info for info, _ in opened]
+        self.infos = [info for info, _ in opened]
+        """What each file says; `info` is that of the first."""
+        _require_one_kind(self.files, self.infos)
         self._footers = [footer for _, footer in opened]
         self.row_groups = [
             (file, group, footer.row_group(group).num_rows)
@@ -101,7 +105,7 @@ class TokenStore:
         """One row group of file number `file`, with checksums. Raises `UserError`, naming the file, for damage."""
         return read_row_group(
             self.files[file],
-            self._infos[file],
+            self.infos[file],
             self._footers[file],
             row_group,
             with_embeddings=with_embeddings,
@@ -113,6 +117,31 @@ class TokenStore:
         for file, group, num_rows in self.row_groups:
             digest.update(f"{self.files[file].name}/{group}/{num_rows}\n".encode())
         return digest.hexdigest()
+
+    @property
+    def num_parts(self) -> int:
+        """Files that the store will have when it is finished; those it has where that is not recorded.
+
+        Part of a store, one file of it, is taken as it is.
+        """
+        parts = self.info.source.get("parts")
+        if not self.path.is_dir() or not isinstance(parts, int):
+            return len(self.files)
+        return max(parts, len(self.files))
+
+    @property
+    def num_missing_parts(self) -> int:
+        """Files that `qlip tokenize` has still to make."""
+        return self.num_parts - len(self.files)
+
+    def warn_of_missing_parts(self) -> None:
+        """Print a line if the store is not finished."""
+        if self.num_missing_parts:
+            console.print(
+                f"warning: {self.path} has {len(self.files)} of {self.num_parts} parts, and only these are taken; "
+                "to make the others start the same qlip tokenize again",
+                markup=False,
+            )
 
     def num_without_captions(self) -> int:
         """Rows without any caption, as the footers count them; rows of files that do not count have one."""
@@ -163,6 +192,27 @@ class TokenStore:
             where = f"{again.again} row group {again.group}"
             raise UserError(f"{where}: key {again.key} came before, in {again.first.name}; {REMEDY}")
         return len(self)
+
+
+def _require_one_kind(files: list[Path], infos: list[TokenStoreInfo]) -> None:
+    """Raise `UserError` unless the files are of one store."""
+    first = infos[0]
+    for file, info in zip(files, infos, strict=True):
+        if not info.views:
+            raise UserError(f"{file} says that pictures have no views; {REMEDY}")
+        for name in ("encoder_fingerprint", "num_bits", "grid", "views", "embedding_width"):
+            here, there = getattr(info, name), getattr(first, name)
+            if here != there:
+                raise UserError(
+                    f"{file} has {name} {here}, {files[0].name} has {there}: put the tokens of each "
+                    "tokenizer into a folder of its own"
+                )
+        here, there = info.decoder.get("fingerprint", ""), first.decoder.get("fingerprint", "")
+        if info.embedding_width and here != there:
+            raise UserError(
+                f"{file} has embeddings of model {here or 'unknown'}, {files[0].name} of {there or 'unknown'}: put the "
+                "tokens of each model into a folder of its own"
+            )
 
 
 def _check_values(rows: TokenRows, where: str, *, num_classes: int) -> None:

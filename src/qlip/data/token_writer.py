@@ -6,6 +6,7 @@ Shapes: `r` rows, `n` tokens, `L` bits of a token.
 from __future__ import annotations
 
 import contextlib
+import os
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -88,6 +89,8 @@ class TokenWriter:
                 self._fit()
             self._write_groups(all_rows=True)
             self._writer.close()
+            with self._temporary.open("rb+") as file:
+                os.fsync(file.fileno())  # a name must not survive a power cut without its content
             self._temporary.replace(self.path)
         except OSError as error:
             self._discard()

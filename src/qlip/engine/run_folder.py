@@ -28,7 +28,7 @@ def make_writable(folder: Path) -> None:
         probe.write_bytes(b"")
         probe.unlink(missing_ok=True)  # another rank may have been here too
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --out") from None
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another folder") from None
 
 
 def prepare_run_folder(

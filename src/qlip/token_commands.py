@@ -58,7 +58,7 @@ def tokenize(
         batch_invariant: Encode picture by picture, so that no bit depends on the batch; slower.
         precision: bf16 is faster on a GPU and flips a few bits.
         device: auto, cpu, cuda, ...
-        workers: Processes that decode pictures (of each actor, with ray); -1 fits the machine, 0 uses threads.
+        workers: Processes that decode pictures (of each actor, with ray); -1 fits the machine, 0 a thread.
         max_skip_share: Stop when a larger share of the pictures cannot be used.
         engine: This machine, or a Ray cluster (docs/tokenize_cluster.md).
         ray_address: Of the cluster's head; `auto` finds the cluster of this machine, empty starts one here.
@@ -69,7 +69,7 @@ def tokenize(
     from qlip.apps.encoding import TokenizeOptions
     from qlip.apps.tokenize import RayOptions, default_workers, tokenize_images
 
-    if workers < 0:
+    if workers == -1:
         workers = default_workers(device) if engine == "local" else 0
     options = TokenizeOptions(
         model=model,

@@ -45,7 +45,7 @@ class TokenizeOptions:
     device: str = "auto"
     """Where it computes."""
     workers: int = 0
-    """Processes that decode pictures; 0 decodes in threads."""
+    """Processes that read and decode pictures; 0 does it in a thread."""
     max_skip_share: float = 0.05
     """A larger share of unusable pictures stops the work."""
 

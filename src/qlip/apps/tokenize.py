@@ -217,7 +217,7 @@ def store_info(
         decoder={
             "name": tokenizer.name,
             "fingerprint": said.get("model_fingerprint", ""),
-            "path": options.model,
+            "path": str(Path(options.model).expanduser().absolute()) if Path(options.model).exists() else options.model,
         },
         transform={
             "size": size,

@@ -79,6 +79,22 @@ class Visitor:
             self.page.mouse.move(*point, steps=4)
         self.page.mouse.up()
 
+    def is_clean(self, name: str) -> None:
+        """Wait until no line of a stroke is left."""
+        script = (
+            "id => { const c = document.querySelector(`#${id} canvas`);"
+            " return c.getContext('2d').getImageData(0, 0, c.width, c.height).data.every(v => v === 0); }"
+        )
+        self.page.wait_for_function(script, arg=name, timeout=MILLISECONDS)
+
+    def is_dirty(self, name: str) -> bool:
+        """Whether a line of a stroke is there."""
+        script = (
+            "id => { const c = document.querySelector(`#${id} canvas`);"
+            " return c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some(v => v !== 0); }"
+        )
+        return bool(self.page.evaluate(script, name))
+
     def written(self, name: str) -> str:
         """What a model has written into a box, as soon as it has."""
         script = "name => document.querySelector(`#${name} textarea`).value"

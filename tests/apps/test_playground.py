@@ -28,7 +28,7 @@ from qlip.apps.playground_models import Playground
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 BROWSER_OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
 PROXY = {"http_proxy": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}  # where nobody listens
-START = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from qlip.cli import main; main()"
+START = "from qlip.cli import main; main()"
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def direct(models: Models, starting: object) -> Playground:
 
 @pytest.fixture(scope="module")
 def server(starting: tuple[subprocess.Popen[str], int], temporary: Path, direct: Playground) -> Iterator[str]:
-    """On the first free port after the taken one; Ctrl-C has to end it with one line and nothing left behind."""
+    """On the first free port after the taken one; SIGTERM has to end it with one line and nothing left behind."""
     process, port = starting
     assert process.stdout is not None
     lines: list[str] = []
@@ -84,7 +84,7 @@ def server(starting: tuple[subprocess.Popen[str], int], temporary: Path, direct:
     found = re.search(r"http://127\.0\.0\.1:(\d+)", lines[-1])
     assert found and int(found[1]) > port and f"port {port} is taken" in lines[-1]
     yield found[0]
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
     rest = process.communicate(timeout=60)[0]
     assert (process.returncode, rest.split()) == (0, ["The", "playground", "has", "ended."])
     assert list(temporary.iterdir()) == []
@@ -165,6 +165,27 @@ def test_painting_flips_exactly_the_chosen_bits_of_the_touched_patches(visitor: 
 
 
 @pytest.mark.slow
+def test_the_line_of_a_stroke_goes_with_every_answer(visitor: Visitor) -> None:
+    visitor.open_tab("Bits")
+    before = visitor.source("flip-brush")
+    visitor.page.locator("#flip-brush input").fill("1")
+    for places in ([(0.25, 0.25), (0.3, 0.3)], [(0.01, 0.01), (0.01, -3.0)]):  # the second may touch no patch
+        visitor.paint("flip-brush", places)
+        visitor.is_clean("flip-brush")
+    visitor.changed("flip-brush", before)
+    board = visitor.page.locator("#flip-brush .board").bounding_box()
+    for _ in range(4):  # faster than answers come
+        visitor.page.mouse.click(board["x"] + board["width"] / 4, board["y"] + board["height"] / 4)
+    assert visitor.is_dirty("flip-brush")
+    visitor.page.wait_for_timeout(1500)
+    visitor.is_clean("flip-brush")
+    visitor.page.locator("#flip-brush input").fill("4")  # wider than this tiny picture: refused
+    visitor.paint("flip-brush", [(0.5, 0.5), (0.6, 0.6)])
+    visitor.message("that is no stroke")
+    visitor.is_clean("flip-brush")
+
+
+@pytest.mark.slow
 def test_painting_swaps_exactly_the_touched_patches(visitor: Visitor, direct: Playground) -> None:
     first, second = direct.choose(png_of(3)), direct.choose(png_of(4))
     visitor.choose(png_of(3))
@@ -197,6 +218,10 @@ def test_words_are_those_of_direct_calls(visitor: Visitor, direct: Playground) -
     visitor.page.locator("#question textarea").fill("What color is the star?")
     visitor.page.locator("#ask").click()
     assert visitor.written("answer") == (direct.ask(chosen, "What color is the star?") or "(the model wrote no answer)")
+    visitor.choose(png_of(6))
+    answers = "#caption-text textarea, #answer textarea"
+    assert visitor.page.eval_on_selector_all(answers, "boxes => boxes.map(box => box.value)") == ["", ""]
+    assert "ring" not in visitor.page.locator("#probabilities").text_content()
     visitor.open_tab("Draw")
     visitor.page.locator("#draw-seed input").fill("3")
     visitor.page.locator("#draw").click()
@@ -281,6 +306,45 @@ def test_the_page_lists_no_calls_and_uploads_stay_in_their_folder(server: str, t
     with urllib.request.urlopen(request, timeout=60) as answer:
         (path,) = json.load(answer)
     assert Path(path).resolve().is_relative_to(temporary) and Path(path).read_text() == "hello"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "value", [None, -1, [], {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}], ids=str
+)
+def test_values_of_any_kind_are_lines_on_the_page(server: str, value: Any) -> None:
+    """The terminal stays clean, as the server's end shows."""
+    with urllib.request.urlopen(f"{server}/config", timeout=60) as answer:
+        calls = [call for call in json.load(answer)["dependencies"] if call["backend_fn"]]
+    session = f"session{abs(hash(str(value)))}"
+    for call in calls:
+        data = {"data": [value] * len(call["inputs"]), "fn_index": call["id"], "session_hash": session}
+        body = json.dumps(data | {"event_data": value, "trigger_id": None}).encode()
+        request = urllib.request.Request(f"{server}/gradio_api/queue/join", body, {"Content-Type": "application/json"})
+        urllib.request.urlopen(request, timeout=60).close()
+    lines: list[str] = []
+    with urllib.request.urlopen(f"{server}/gradio_api/queue/data?session_hash={session}", timeout=60) as stream:
+        while len(lines) < len(calls):
+            message = json.loads(stream.readline().removeprefix(b"data:").strip() or "{}")
+            if message.get("msg") == "process_completed":
+                lines.append(message["output"].get("error") or "")
+    assert len(lines) > 8 and not any("Traceback" in line or "our mistake" in line or "--" in line for line in lines)
+    assert any("reload it" in line or "there is no picture yet" in line for line in lines), lines
+
+
+@pytest.mark.slow
+def test_other_pages_and_addresses_to_fetch_get_nowhere(server: str) -> None:
+    with socket.socket() as elsewhere:
+        elsewhere.bind(("127.0.0.1", 0))
+        elsewhere.listen()
+        elsewhere.settimeout(0.2)
+        file = {"path": f"http://localhost:{elsewhere.getsockname()[1]}/x.png", "meta": {"_type": "gradio.FileData"}}
+        body = json.dumps({"data": [file], "fn_index": 0, "session_hash": "elsewhere"}).encode()
+        for headers, status in (({}, 400), ({"Origin": "http://localhost:1"}, 403)):
+            headers |= {"Content-Type": "application/json"}
+            assert _refusal(urllib.request.Request(f"{server}/gradio_api/queue/join", body, headers)) == status
+        with pytest.raises(TimeoutError):
+            elsewhere.accept()
 
 
 def _refusal(request: urllib.request.Request) -> int:

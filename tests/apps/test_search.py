@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,8 @@ from qlip.core.images import ImageLimits, open_image
 from qlip.data.token_files import TokenRows, TokenStoreInfo, pack_bits
 from qlip.data.token_writer import TokenWriter
 from qlip.data.views import VIEWS, ViewChoice, view_pixels
-from qlip.models.image_tokenizer import QLIPTokenizer, open_image_tokenizer
+from qlip.models.image_tokenizer import QLIPTokenizer, VQTokenizer, open_image_tokenizer
+from qlip.models.qlip.loading import load_processor
 from tiny_tokenizer import save_tiny_tokenizer
 
 NUM = 24
@@ -46,6 +48,7 @@ def opened_once() -> Iterator[None]:
     """Opening a model reads a vocabulary, which is most of the time of a small call."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "open_image_tokenizer", functools.cache(open_image_tokenizer))
+        patch.setattr(search, "load_processor", functools.cache(load_processor))
         yield
 
 
@@ -161,16 +164,46 @@ def test_a_text_finds_what_its_embedding_is_nearest_to(
     assert "cosine" in said.getvalue()
 
 
-def test_duplicates_are_listed_once(store: Path, tmp_path: Path, said: io.StringIO) -> None:
+def test_duplicates_are_listed_once(
+    model: Path, pictures: list[Path], store: Path, tmp_path: Path, said: io.StringIO
+) -> None:
     search_store(store, duplicates=0.05, num=3, device="cpu")  # without --out no model is needed
-    assert "in at most 5 of 112 (4.5 %): 2 of 24 pictures, in 1 groups; the closest 1:" in said.getvalue()
+    assert "1 pair differs in at most 5 of 112 (4.5 %): 2 of 24 pictures, in 1 group; the closest 1:" in said.getvalue()
     search_store(store, duplicates=0.05, num=3, out=tmp_path, device="cpu")
     found = results(tmp_path)
     assert (found["num_pairs"], found["num_groups"], found["num_in_groups"]) == (1, 1, 2)
     assert [picture["key"] for picture in found["pairs"][0]["pictures"]] == ["06", "07"]
-    search_store(store, duplicates=0.0, num=3, out=tmp_path, device="cpu")
-    if not json.loads((tmp_path / "results.json").read_text())["pairs"]:
-        assert not (tmp_path / "sheet.png").exists(), "it was of the search before"
+    assert found["groups"] == [["06", "07"]]
+    others = write_store(tmp_path / "others", model, pictures[:6])
+    search_store(others, duplicates=0.05, num=3, out=tmp_path, device="cpu")
+    assert "0 pairs differ in at most 5 of 112 (4.5 %): 0 of 6 pictures, in 0 groups\n" in said.getvalue()
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert (found["pairs"], found["groups"], found["num_groups"]) == ([], [], 0)
+    assert not (tmp_path / "sheet.png").exists(), "it was of the search before"
+
+
+def test_groups_are_all_listed_by_first_views(
+    model: Path, pictures: list[Path], tmp_path: Path, said: io.StringIO
+) -> None:
+    twice = [tmp_path / f"{path.stem}{copy}.png" for copy in "ab" for path in pictures[:3]]
+    for path in twice:
+        path.write_bytes((pictures[0].parent / f"{path.stem[:-1]}.png").read_bytes())
+    store = write_store(tmp_path / "store", model, twice, cut="flip")
+    search_store(store, duplicates=0.0, num=1, out=tmp_path, device="cpu")
+    found = results(tmp_path)
+    assert found["groups"] == [["00a", "00b"], ["01a", "01b"], ["02a", "02b"]] and len(found["pairs"]) == 1
+    assert "3 pairs differ" in said.getvalue() and "in 3 groups; the closest 1:" in said.getvalue()
+
+
+@pytest.mark.parametrize(
+    "words,num_cut", [("star", 0), ("a " * 14, 0), ("a " * 15, 1), ("star " * 400, 386)], ids=["1", "14", "15", "400"]
+)
+def test_what_the_text_tower_does_not_read_is_said(store: Path, said: io.StringIO, words: str, num_cut: int) -> None:
+    search_store(store, text=words, num=1, device="cpu")  # 16 slots, begin and end among them
+    shown = said.getvalue()
+    assert ("not read" in shown) == (num_cut > 0)
+    assert f"the last {num_cut} of its tokens are not read, the model takes 16" in shown or not num_cut
+    assert max(map(len, shown.splitlines())) < 150 and words.strip()[:50] in shown
 
 
 def test_captions_are_shown_as_they_stand_but_obeyed_by_nobody(
@@ -196,6 +229,9 @@ def test_captions_are_shown_as_they_stand_but_obeyed_by_nobody(
         ({"text": "x", "num": 0}, "--num 0: give at least 1"),
         ({"text": "x", "by": "bits"}, "a text has no bits: give words with --text and leave --by out"),
         ({"text": " \n"}, "the text is empty: give words"),
+        ({"text": "\u200b\x00"}, "the text is empty: give words"),
+        ({"text": "caf\udce9"}, "the text 'caf?' is no UTF-8: give --text in UTF-8"),
+        ({"text": "\ud83d star"}, "is no UTF-8"),
         ({"duplicates": 1.5}, "--duplicates 1.5: give a share of the bits from 0 to 1"),
         ({"duplicates": float("nan")}, "--duplicates nan: give a share"),
         ({"duplicates": 0.1, "by": "embedding"}, "duplicates are found by bits: leave --by embedding out"),
@@ -225,6 +261,30 @@ def test_a_store_without_embeddings_is_searched_by_bits(
     assert "bits that differ" in said.getvalue()
 
 
+def test_a_tokenizer_of_another_kind_is_called_so(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vq: Any = SimpleNamespace(name="VQModel", num_bits=4, bits_per_token=4.0, patch_size=16)
+    monkeypatch.setattr(search, "open_image_tokenizer", lambda _, image_size: VQTokenizer(vq, image_size=image_size))
+    monkeypatch.setattr(search, "open_measured", lambda _: vq)
+    with pytest.raises(UserError) as caught:
+        search_store(store, text="x", model="some/vq")
+    assert str(caught.value) == (
+        f"{store} was made by a QLIPModel, some/vq is a VQModel: say where the one that made it is with --model"
+    )
+
+
+def test_what_is_no_store_or_an_empty_one(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "junk.parquet").write_bytes(b"words")
+    with pytest.raises(UserError, match=r"junk\.parquet is no whole parquet file \(.*\); give a token store$"):
+        search_store(tmp_path / "junk.parquet", duplicates=0.1)
+    with pytest.raises(UserError, match=r"junk\.parquet is no whole parquet file \(.*\); remove it"):
+        search_store(tmp_path, duplicates=0.1)
+    with TokenWriter(tmp_path / "empty.parquet", search.TokenStore(store).info, row_group_rows=10):
+        pass
+    for options in ({"text": "x"}, {"duplicates": 0.1}):
+        with pytest.raises(UserError, match=r"empty\.parquet has no pictures: give a token store that has some"):
+            search_store(tmp_path / "empty.parquet", **options)
+
+
 def test_models_of_others_are_refused(model: Path, pictures: list[Path], store: Path, tmp_path: Path) -> None:
     other = save_tiny_tokenizer(tmp_path / "other", seed=1)
     mine, its = (tokenizer_of(folder).encoder_fingerprint for folder in (model, other))
@@ -241,7 +301,9 @@ def test_models_of_others_are_refused(model: Path, pictures: list[Path], store: 
     with pytest.raises(UserError, match=r"does not open \(gone from/here/now is not there\): say where"):
         search_store(tmp_path / "store", text="x")
     write_store(tmp_path / "store", model, pictures[:5], decoder={"name": "VQModel"}, transform={"size": 32})
-    with pytest.raises(UserError, match=r"not made by this model \(.* takes pictures of side 16\): say where the one"):
+    with pytest.raises(
+        UserError, match=r"made by a VQModel, .* is a QLIPModel: say where the one that made it is with --model"
+    ):
         search_store(tmp_path / "store", image=pictures[0], model=str(model))
     write_store(tmp_path / "store", model, pictures[:5], grid=(4, 1))
     with pytest.raises(UserError, match=r"tokens of another grid"):
@@ -271,9 +333,12 @@ def test_the_query_is_encoded_as_the_store_was(
     store = write_store(tmp_path / "store", model, pictures[:5], encoding=encoding)
     seen: list[search.TokenizeOptions] = []
     encoder_of = search.encoder_of
-    monkeypatch.setattr(
-        search, "encoder_of", lambda tokenizer, options: encoder_of(tokenizer, seen.append(options) or options)
-    )
+
+    def noted(tokenizer: QLIPTokenizer, options: search.TokenizeOptions) -> Any:
+        seen.append(options)
+        return encoder_of(tokenizer, options)
+
+    monkeypatch.setattr(search, "encoder_of", noted)
     for by in ("bits", "embedding"):
         search_store(store, image=pictures[3], by=by, num=1, out=tmp_path, device="cpu")
         assert results(tmp_path)["hits"][0]["key"] == "03"

@@ -119,7 +119,8 @@ def test_duplicates_are_those_of_two_loops(
         (store.unpack(hit.packed[None])[0] == store[hit.index].bits).all() for pair in found.pairs for hit in pair
     )
     pictures = 52 // views
-    assert (found.num_pairs, found.num_groups, found.most_bits) == (len(pairs), len(groups), most)
+    assert (found.num_pairs, found.most_bits) == (len(pairs), most)
+    assert found.groups == [[f"key {row}" for row in group] for group in sorted(map(sorted, groups))]
     assert (found.num_pictures, found.num_in_groups) == (pictures, sum(map(len, groups)))
     assert done == sorted(done) and done[-1] == pictures * (pictures - 1) // 2
 
@@ -129,21 +130,23 @@ def test_pictures_that_are_all_the_same(tmp_path: Path, monkeypatch: pytest.Monk
     store = write_store(tmp_path, np.ones((50, NUM_BITS), bool))
     found = near_duplicates(store, max_share=0.0, num=20)
     assert [(one.index, two.index) for one, two in found.pairs] == [(0, second) for second in range(1, 21)]
-    assert (found.num_pairs, found.num_groups, found.num_in_groups) == (1225, 1, 50)
+    assert (found.num_pairs, found.num_in_groups) == (1225, 50)
+    assert found.groups == [[f"key {row}" for row in range(50)]]
 
 
 def test_a_long_chain_is_one_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_search, "TILE", 5)
     chain = np.tri(43, NUM_BITS, -1, dtype=bool)[np.random.default_rng(0).permutation(43)]
     found = near_duplicates(write_store(tmp_path, chain), max_share=1 / 42, num=100)
-    assert (found.num_pairs, found.num_groups, found.num_in_groups, len(found.pairs)) == (42, 1, 43, 42)
+    assert (found.num_pairs, found.num_in_groups, len(found.pairs)) == (42, 43, 42)
+    assert found.groups == [[f"key {row}" for row in range(43)]]
 
 
 def test_a_store_without_rows_has_nothing(tmp_path: Path) -> None:
     store = write_store(tmp_path, np.empty((0, NUM_BITS), bool))
     assert nearest_by_bits(store, np.zeros(6, np.uint8), num=3) == []
     found = near_duplicates(store, max_share=0.5, num=3)
-    assert (found.pairs, found.num_pairs, found.num_groups, found.num_pictures) == ([], 0, 0, 0)
+    assert (found.pairs, found.num_pairs, found.groups, found.num_pictures) == ([], 0, [], 0)
     store.info = replace(store.info, num_bits=1, grid=(10, 10))
     assert near_duplicates(store, max_share=0.29, num=3).most_bits == 29, "0.29 * 100 is 28.999 in floats"
 

@@ -6,15 +6,18 @@ goes when the server ends.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import os
+import signal
 import socket
-import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from qlip.apps.playground_folder import temporary_folder
 from qlip.apps.playground_models import Playground, open_playground
 from qlip.core.errors import UserError
 from qlip.core.log import console
@@ -40,7 +43,7 @@ def launch_playground(
     max_upload_mb: int = 20,
     open_browser: bool = True,
 ) -> None:
-    """Serve the page on 127.0.0.1 until Ctrl-C; a port that is taken gives way to the next free one.
+    """Serve the page on 127.0.0.1 until Ctrl-C, SIGTERM or SIGHUP; a port that is taken gives way to the next.
 
     `images` is a folder (or other data) whose first pictures can be picked, procedural scenes if not given;
     `generator`, `assistant` and `unified` bring the tabs that need them. Raises `UserError` for models and pictures
@@ -64,9 +67,27 @@ def launch_playground(
         device=device,
         max_upload_mb=max_upload_mb,
     )
-    with tempfile.TemporaryDirectory(prefix="qlip-app-", ignore_cleanup_errors=True) as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
+    with ended_by_signals(), temporary_folder() as folder:
+        os.environ["GRADIO_TEMP_DIR"] = str(folder)
         _serve_until_stopped(playground, port=port, max_upload_mb=max_upload_mb, open_browser=open_browser)
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """SIGTERM, and SIGHUP unless it is ignored (nohup), raise KeyboardInterrupt as Ctrl-C does, once."""
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
+
+    def interrupt(number: int, frame: object) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)  # a second one would cut off the cleaning
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _serve_until_stopped(playground: Playground, *, port: int, max_upload_mb: int, open_browser: bool) -> None:
@@ -79,7 +100,8 @@ def _serve_until_stopped(playground: Playground, *, port: int, max_upload_mb: in
         console.print(f"The playground is at http://{HOST}:{found}{taken}, for this machine alone; Ctrl-C ends it.")
         threading.Event().wait()
     except KeyboardInterrupt:
-        console.print("\nThe playground has ended.")
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            console.print("\nThe playground has ended.")
     finally:
         _close(page)
 
@@ -89,10 +111,14 @@ def _serve(page: Any, playground: Playground, *, port: int, max_upload_mb: int, 
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+    from qlip.apps.playground_gate import Gate, quieten
     from qlip.apps.playground_page import style, theme
 
     page.queue(max_size=MOST_WAITING, api_open=False)
-    free = _free_port(port)
+    quieten(page)
+    free = free_port(port)
+    max_bytes = max_upload_mb * 1_000_000
+    gates = [Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS), Middleware(Gate, max_upload_bytes=max_bytes)]
     page.launch(
         server_name=HOST,
         server_port=free,
@@ -101,7 +127,7 @@ def _serve(page: Any, playground: Playground, *, port: int, max_upload_mb: int, 
         prevent_thread_lock=True,
         quiet=True,
         show_error=True,
-        max_file_size=max_upload_mb * 1_000_000,
+        max_file_size=max_bytes,
         state_session_capacity=MOST_VISITORS,
         footer_links=[],
         run_history=False,
@@ -109,7 +135,7 @@ def _serve(page: Any, playground: Playground, *, port: int, max_upload_mb: int, 
         ssr_mode=False,
         mcp_server=False,
         pwa=False,
-        app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS)]},
+        app_kwargs={"middleware": gates},
         theme=theme(),
         css=style(playground),
     )
@@ -124,14 +150,16 @@ def _close(page: Any) -> None:
     page.close(verbose=False)
 
 
-def _free_port(first: int) -> int:
-    """The first port from `first` on that nobody listens at. Raises `UserError` when all tried are taken."""
+def free_port(first: int) -> int:
+    """The first port from `first` on that nobody listens at. Raises `UserError` when none may be had."""
     last = min(first + PORTS_TRIED, 65536) - 1
     for port in range(first, last + 1):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((HOST, port))
+            except PermissionError:
+                raise UserError(f"port {port} needs more rights than yours: take one above 1023") from None
             except OSError:
                 continue
             return port

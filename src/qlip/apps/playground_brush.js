@@ -1,6 +1,6 @@
 // A brush over a picture. `element`, `props` and `trigger` come from gradio, which runs this once for each component.
 // When a stroke ends, its points, as shares of the picture, and its width go to Python as the event 'stroke'; which
-// patches it touches is decided there. The orange line is gone as soon as the picture behind it is drawn again.
+// patches it touches is decided there. Python's answer, whatever it is, comes back as the event 'answered'.
 
 const board = () => element.querySelector(".board");
 const canvas = () => element.querySelector("canvas");
@@ -8,15 +8,20 @@ const diameter = () => Number(element.querySelector("input").value) / Number(boa
 const leastStep = 0.004; // of the picture's width; closer points say nothing new
 let points = null; // of the stroke that is being drawn
 
+function clear() {
+  canvas().width = canvas().clientWidth; // setting them clears it
+  canvas().height = canvas().clientHeight;
+}
+
 function place(event) {
   const box = board().getBoundingClientRect();
   return [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height];
 }
 
 function paint() {
+  clear(); // the canvas is a new one when the picture has been drawn again meanwhile
   const { width, height } = canvas();
   const pen = canvas().getContext("2d");
-  pen.clearRect(0, 0, width, height);
   pen.lineWidth = diameter() * width;
   pen.lineCap = pen.lineJoin = "round";
   pen.strokeStyle = "rgb(249, 115, 22)";
@@ -29,9 +34,7 @@ function paint() {
 element.addEventListener("pointerdown", (event) => {
   if (event.button !== 0 || !event.target.closest(".board")) return;
   event.preventDefault();
-  canvas().width = canvas().clientWidth;
-  canvas().height = canvas().clientHeight;
-  canvas().setPointerCapture(event.pointerId);
+  element.setPointerCapture(event.pointerId); // not the canvas, which may be replaced before the stroke ends
   points = [place(event)];
   paint();
 });
@@ -53,5 +56,9 @@ element.addEventListener("pointerup", () => {
 
 element.addEventListener("pointercancel", () => {
   points = null;
-  canvas().width = canvas().width; // clears it
+  clear();
+});
+
+element.addEventListener("answered", () => {
+  if (points === null) clear();
 });

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 from torch import Tensor
@@ -55,6 +56,12 @@ def brush(*, grid: tuple[int, int], text: str, elem_id: str) -> gr.HTML:
         elem_id=elem_id,
         elem_classes="brush",
     )
+
+
+def forget_after(stroke: Any, *, elem_id: str) -> None:
+    """Take the line of a stroke away when its call has ended, also where nothing changed or it was refused."""
+    told = f"() => document.querySelector('#{elem_id} .board').dispatchEvent(new Event('answered', {{bubbles: true}}))"
+    stroke.then(None, js=told, show_progress="hidden", api_visibility="private")
 
 
 def data_url(picture: Tensor | None) -> str:

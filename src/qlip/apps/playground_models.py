@@ -1,22 +1,18 @@
-"""What the playground's page asks of the models: pictures in, words out; no page here.
-
-Its limits are here too: whatever a browser sends is read as text, strokes or pictures, or refused.
-"""
+"""What the playground's page asks of the models: pictures in, words out; no page here."""
 
 from __future__ import annotations
 
 import io
-import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
 from qlip.apps import token_explorer as explorer
-from qlip.apps.caption import check_seed, open_to_write
+from qlip.apps.caption import open_to_write
 from qlip.apps.generate import dtype_of
+from qlip.apps.playground_sent import labels_of, limited, seed_of
 from qlip.core.errors import UserError
 from qlip.core.images import ImageLimits, ImageRejected, open_image
 from qlip.data.items import Item
@@ -27,19 +23,17 @@ from qlip.evals.benchmark_files import picture_seed
 from qlip.models.assistant import Assistant, ChatPrompt, open_assistant
 from qlip.models.autoencoders import MeasuredAutoencoder
 from qlip.models.caption_encoder import cleaned_prompt
-from qlip.models.generator import Generator, open_generator
+from qlip.models.generator import Generator, is_generator, open_generator
 from qlip.models.image_tokenizer import ImageTokenizer, QLIPTokenizer, VQTokenizer
 from qlip.models.measured import MeasuredQLIP
-from qlip.models.opening import open_measured
+from qlip.models.opening import OPENABLE, open_measured
 from qlip.models.sampling import OnTokens
 from qlip.models.unified_model import Unified, WritingSettings
 
 NUM_EXAMPLES = 12
 VQ_SIDE = 256  # pixels, for tokenizers that take many
 MOST_PIXELS = 64_000_000  # of an upload: cameras have up to 61 million
-MOST_LABELS, LONGEST_LABEL = 100, 100
-LONGEST_TEXT = 2000  # characters of a prompt or a question
-MOST_POINTS = 5000  # of a stroke
+TOKENIZERS = "give a QLIP folder or hub id, a VQModel folder of diffusers, or a VQGAN file of LlamaGen"
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -92,16 +86,24 @@ class Playground:
 
         Raises `UserError` for an empty or too long prompt and impossible numbers.
         """
-        check_seed(seed)
+        own_seed = picture_seed(seed_of(seed), prompt_index=0, sample_index=0)
+        text = limited(prompt)
+        if not any(character.isprintable() for character in text):
+            raise UserError("the prompt is empty: say what the picture should show")
         drawer = self._drawer(name, guidance)
-        own_seed = picture_seed(seed, prompt_index=0, sample_index=0)
-        bits = drawer.bits([cleaned_prompt(limited(prompt))], seeds=[own_seed], on_tokens=on_tokens)
+        bits = drawer.bits([cleaned_prompt(text)], seeds=[own_seed], on_tokens=on_tokens)
         tokenizer = drawer.tokenizer if isinstance(drawer, Generator) else drawer.processor.image_tokenizer
         return tokenizer.decode(bits)[0].cpu()
 
     def guidance(self, name: str) -> float:
         """What a drawer was trained for."""
-        return float(self.drawers[name].model.config.guidance)
+        return float(self.drawer(name).model.config.guidance)
+
+    def drawer(self, name: str) -> Generator | Unified:
+        """By the name that the page shows. Raises `UserError` for any other."""
+        if not isinstance(name, str) or name not in self.drawers:
+            raise UserError("no model is chosen: choose which one draws")
+        return self.drawers[name]
 
     def caption(self, chosen: Chosen) -> str:
         """As `qlip caption`: the most probable words."""
@@ -125,7 +127,7 @@ class Playground:
 
     def _drawer(self, name: str, guidance: float) -> Generator | Unified:
         """The same network with another guidance; the last one is kept, compiled steps and all."""
-        drawer = self.drawers[name]
+        drawer = self.drawer(name)
         if drawer.settings.guidance == guidance:
             return drawer
         if isinstance(drawer, Unified):
@@ -158,6 +160,11 @@ def open_playground(
         examples=scene_examples(tokenizer) if images is None else folder_examples(images, limits=limits),
     )
     if generator:
+        if not is_generator(generator):
+            raise UserError(
+                f"{generator} holds no text-to-image model: give the export of `qlip train scenes_t2i_tiny`, and a UM3 "
+                "with --unified"
+            )
         drawer = open_generator(generator)
         drawer.to(place, dtype=dtype_of("auto", place))
         playground.drawers["text-to-image model"] = drawer
@@ -172,12 +179,15 @@ def open_playground(
 
 def open_any_size(model: str) -> ImageTokenizer:
     """A tokenizer on the CPU; one that takes many sides takes `VQ_SIDE`. Raises `UserError` for other models."""
-    measured = open_measured(model)
+    try:
+        measured = open_measured(model)
+    except UserError as error:  # names models too that write no tokens
+        raise UserError(str(error).replace(OPENABLE, TOKENIZERS)) from None
     if isinstance(measured, MeasuredQLIP):
         return QLIPTokenizer(measured)
     if isinstance(measured, MeasuredAutoencoder):
         return VQTokenizer(measured, image_size=VQ_SIDE)
-    raise UserError(f"{model} is a {measured.name}, which makes no tokens: give a QLIP, VQ or LlamaGen tokenizer")
+    raise UserError(f"{model} is a {measured.name}, which makes no tokens: {TOKENIZERS}")
 
 
 def scene_examples(tokenizer: ImageTokenizer, *, num: int = NUM_EXAMPLES) -> tuple[bytes, ...]:
@@ -219,43 +229,3 @@ def shown(picture: Tensor, *, side: int = 256) -> Image.Image:
     image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
     scale = max(1, -(-side // picture.shape[-1]))
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
-
-
-def labels_of(text: str) -> list[str]:
-    """Labels, one a line or between commas, each once. Raises `UserError` for none, too many and too long ones."""
-    labels = list(dict.fromkeys(label.strip() for label in text.replace("\n", ",").split(",") if label.strip()))
-    if not labels:
-        raise UserError("no labels given: write some, one a line")
-    if len(labels) > MOST_LABELS:
-        raise UserError(f"{len(labels)} labels, at most {MOST_LABELS} are compared: leave some out")
-    longest = max(labels, key=len)
-    if len(longest) > LONGEST_LABEL:
-        raise UserError(f"a label has {len(longest)} characters, at most {LONGEST_LABEL} are read: shorten it")
-    return labels
-
-
-def limited(text: str) -> str:
-    """A prompt or question without white space around it. Raises `UserError` for a very long one."""
-    if len(text) > LONGEST_TEXT:
-        raise UserError(f"the text has {len(text)} characters, at most {LONGEST_TEXT} are read: shorten it")
-    return text.strip()
-
-
-def stroked(event: Any, *, grid: tuple[int, int]) -> Tensor:
-    """What the browser sent of a stroke -> the patches it touches, (n,) bool. Raises `UserError` for anything else."""
-    sent: dict[str, Any] = event if isinstance(event, dict) else {}
-    points: Any = sent.get("points")
-    diameter: Any = sent.get("diameter")
-    is_line = isinstance(points, list) and 0 < len(points) <= MOST_POINTS and all(map(_is_place, points))
-    if not is_line or not _is_share(diameter) or not 0 < diameter <= 1:
-        raise UserError(f"that is no stroke of 1 to {MOST_POINTS} points: paint again, with a shorter one")
-    return explorer.cells_under(explorer.painted([(x, y) for x, y in points], diameter=diameter), grid=grid)
-
-
-def _is_place(point: object) -> bool:
-    return isinstance(point, list) and len(point) == 2 and all(map(_is_share, point))
-
-
-def _is_share(value: Any) -> bool:
-    """A number near [0, 1]: strokes may leave the picture."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and abs(value) <= 10

@@ -9,7 +9,8 @@ import gradio as gr
 
 from qlip.apps.playground_models import Chosen, Playground, shown
 from qlip.apps.playground_painting import bits_tab, swap_tab
-from qlip.apps.playground_tabs import MODEL_CALL, TIMES, Tab, examples_box, reconstruct_tab, said
+from qlip.apps.playground_sent import uploaded
+from qlip.apps.playground_tabs import MODEL_CALL, TIMES, Tab, examples_box, place_in, reconstruct_tab, said
 from qlip.apps.playground_words import ask_tab, caption_tab, classify_tab, draw_tab
 
 KEPT_SECONDS = 24 * 3600  # of uploads and results; what is left goes with the server
@@ -65,7 +66,7 @@ def build_page(playground: Playground) -> gr.Blocks:
         gr.Markdown(
             f"# A picture in {rows * columns * tokenizer.num_bits:,} bits\n"
             f"This tokenizer ({tokenizer.name}) writes {side} {TIMES} {side} pixels as {rows} {TIMES} {columns} tokens "
-            f"of {tokenizer.num_bits} bits. Choose a picture on the left, and a tab to see what its tokens can do."
+            f"of {tokenizer.num_bits} bits. Choose a picture, and a tab to see what its tokens can do."
         )
         with gr.Row():
             with gr.Column(scale=1, min_width=230, elem_id="picker"):
@@ -79,17 +80,17 @@ def build_page(playground: Playground) -> gr.Blocks:
             chosen: Chosen = playground.choose(source)
             return [chosen, *(value for tab in tabs for value in tab.fresh(chosen))]
 
-        def on_example(event: gr.SelectData) -> list[Any]:
-            return choose(playground.examples[event.index])
+        def on_example(event: gr.EventData) -> list[Any]:
+            return choose(playground.examples[place_in(event, num=len(playground.examples))])
 
-        upload.upload(said(lambda path: choose(Path(path))), upload, outputs, **MODEL_CALL)
+        upload.upload(said(lambda path: choose(uploaded(path))), upload, outputs, **MODEL_CALL)
         gallery.select(said(on_example), None, outputs, **MODEL_CALL)
         page.load(said(lambda: choose(playground.examples[0])), None, outputs, **MODEL_CALL)
     return page
 
 
 def _picker(thumbnails: list[Any]) -> tuple[gr.UploadButton, gr.Gallery, gr.Image]:
-    gr.Markdown("**Your picture**")
+    gr.Markdown("**Choose a picture**")
     preview = gr.Image(
         label="Your picture",
         show_label=False,
@@ -100,16 +101,14 @@ def _picker(thumbnails: list[Any]) -> tuple[gr.UploadButton, gr.Gallery, gr.Imag
         elem_id="chosen",
         elem_classes="picture",
     )
-    upload = gr.UploadButton(
-        "Upload a picture", type="filepath", file_types=["image"], variant="primary", elem_id="upload"
-    )
+    upload = gr.UploadButton("Upload a picture", type="filepath", variant="primary", elem_id="upload")
     gr.Markdown("or pick one:")
     gallery = examples_box(thumbnails, "examples")
     return upload, gallery, preview
 
 
 def _tabs(playground: Playground, state: gr.State, thumbnails: list[Any]) -> list[Tab]:
-    """The tabs, of which those about the bits are told when another picture is chosen."""
+    """The tabs; those about the picture are told when another is chosen, so that no answer is about an old one."""
     with gr.Tabs():
         with gr.Tab("Reconstruct"):
             tabs = [reconstruct_tab(playground)]
@@ -119,14 +118,14 @@ def _tabs(playground: Playground, state: gr.State, thumbnails: list[Any]) -> lis
             tabs.append(swap_tab(playground, state, thumbnails))
         if playground.reads_text:
             with gr.Tab("Classify"):
-                classify_tab(playground, state)
+                tabs.append(classify_tab(playground, state))
         if playground.drawers:
             with gr.Tab("Draw"):
                 draw_tab(playground)
         if playground.unified is not None:
             with gr.Tab("Caption"):
-                caption_tab(playground, state)
+                tabs.append(caption_tab(playground, state))
         if playground.assistant is not None:
             with gr.Tab("Ask"):
-                ask_tab(playground, state)
+                tabs.append(ask_tab(playground, state))
     return tabs

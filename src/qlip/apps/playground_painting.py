@@ -13,9 +13,21 @@ import gradio as gr
 from torch import Tensor
 
 from qlip.apps import token_explorer as explorer
-from qlip.apps.playground_brush import brush, data_url
-from qlip.apps.playground_models import Chosen, Playground, shown, stroked
-from qlip.apps.playground_tabs import MODEL_CALL, PRIVATE, Tab, begun, counted, examples_box, picture_box, said
+from qlip.apps.playground_brush import brush, data_url, forget_after
+from qlip.apps.playground_models import Chosen, Playground, shown
+from qlip.apps.playground_sent import pixel_in, stroked, uploaded
+from qlip.apps.playground_tabs import (
+    MODEL_CALL,
+    PRIVATE,
+    Tab,
+    begun,
+    counted,
+    examples_box,
+    picture_box,
+    place_in,
+    said,
+)
+from qlip.core.errors import UserError
 
 STROKE_CALL: dict[str, Any] = MODEL_CALL | {"trigger_mode": "multiple", "show_progress": "hidden"}
 MOST_VERSIONS = 50
@@ -60,20 +72,30 @@ def bits_tab(playground: Playground, state: gr.State) -> Tab:
         text = _flipped_line(kept[-1], chosen, picture, grid=grid)
         return [kept, data_url(picture), shown(difference), text, sheet.picture]
 
-    def on_stroke(event: gr.EventData, chosen: Chosen | None, kept: list[Tensor], bit: int) -> list[Any]:
+    def on_stroke(event: gr.EventData, chosen: Chosen | None, kept: list[Tensor], bit: Any) -> list[Any]:
         picture, cells = begun(chosen), stroked(event._data, grid=grid)
-        chosen_bits = range(num_bits) if bit == ALL_BITS else [bit]
+        chosen_bits = chosen_of(bit, num_bits=num_bits)
         return show(picture, [*kept[1 - MOST_VERSIONS :], explorer.flip(kept[-1], cells, which=chosen_bits)])
 
-    def on_plane(event: gr.SelectData, kept: list[Tensor], bit: int) -> int:
-        found = explorer.contact_sheet(explorer.bit_planes(kept[-1], grid=grid)).bit_at(*event.index)
+    def on_plane(event: gr.EventData, kept: list[Tensor], bit: Any) -> Any:
+        place = pixel_in(event._data)
+        if not kept:
+            return bit
+        found = explorer.contact_sheet(explorer.bit_planes(kept[-1], grid=grid)).bit_at(*place)
         return bit if found is None else found
 
     outputs = [versions, canvas, change, line, planes]
-    canvas.stroke(said(on_stroke), [state, versions, which], outputs, **STROKE_CALL)
+    forget_after(canvas.stroke(said(on_stroke), [state, versions, which], outputs, **STROKE_CALL), elem_id="flip-brush")
     _wire_undo(undo, reset, state=state, versions=versions, outputs=outputs, show=show)
     planes.select(said(on_plane), [versions, which], which, show_progress="hidden", **PRIVATE)
     return Tab(outputs=outputs, fresh=lambda chosen: show(chosen, [chosen.bits]))
+
+
+def chosen_of(bit: object, *, num_bits: int) -> range:
+    """Which bits a choice means. Raises `UserError` for none."""
+    if not isinstance(bit, int) or isinstance(bit, bool) or not ALL_BITS <= bit < num_bits:
+        raise UserError(f"no bit is chosen: choose one of 0 to {num_bits - 1}, or all")
+    return range(num_bits) if bit == ALL_BITS else range(bit, bit + 1)
 
 
 def swap_tab(playground: Playground, state: gr.State, thumbnails: Sequence[Any]) -> Tab:
@@ -95,7 +117,7 @@ def swap_tab(playground: Playground, state: gr.State, thumbnails: Sequence[Any])
             line = gr.Markdown(elem_id="swapped")
         with gr.Column(min_width=200):
             gr.Markdown("**Choose the other**")
-            upload = gr.UploadButton("Upload another", type="filepath", file_types=["image"], elem_id="upload-other")
+            upload = gr.UploadButton("Upload another", type="filepath", elem_id="upload-other")
             gallery = examples_box(thumbnails, "other-examples")
 
     def show(chosen: Chosen, kept: list[Tensor]) -> list[Any]:
@@ -111,13 +133,13 @@ def swap_tab(playground: Playground, state: gr.State, thumbnails: Sequence[Any])
         second = playground.choose(source)
         return [second, shown(second.reconstruction)]
 
-    def on_example(event: gr.SelectData) -> list[Any]:
-        return picked(playground.examples[event.index])
+    def on_example(event: gr.EventData) -> list[Any]:
+        return picked(playground.examples[place_in(event, num=len(playground.examples))])
 
     outputs = [versions, canvas, line]
-    canvas.stroke(said(on_stroke), [state, versions, other], outputs, **STROKE_CALL)
+    forget_after(canvas.stroke(said(on_stroke), [state, versions, other], outputs, **STROKE_CALL), elem_id="swap-brush")
     _wire_undo(undo, reset, state=state, versions=versions, outputs=outputs, show=show)
-    upload.upload(said(lambda path: picked(Path(path))), upload, [other, right], **MODEL_CALL)
+    upload.upload(said(lambda path: picked(uploaded(path))), upload, [other, right], **MODEL_CALL)
     gallery.select(said(on_example), None, [other, right], **MODEL_CALL)
     return Tab(outputs=outputs, fresh=lambda chosen: show(chosen, [chosen.bits]))
 

@@ -61,8 +61,16 @@ def said(function: Callable[..., Any]) -> Callable[..., Any]:
 def begun(chosen: Chosen | None) -> Chosen:
     """The visitor's picture. Raises `UserError` where there is none yet."""
     if chosen is None:
-        raise UserError("there is no picture yet: choose one on the left")
+        raise UserError("there is no picture yet: choose one")
     return chosen
+
+
+def place_in(event: gr.EventData, *, num: int) -> int:
+    """Which of `num` things the browser says was clicked. Raises `UserError` for anything else than a number of one."""
+    sent = event._data.get("index") if isinstance(event._data, dict) else None
+    if not isinstance(sent, int) or isinstance(sent, bool) or not 0 <= sent < num:
+        raise UserError("that is none of the pictures: click one of them")
+    return sent
 
 
 def picture_box(title: str, elem_id: str, *, first: Image.Image | None = None) -> gr.Image:

@@ -8,22 +8,16 @@ from typing import Any
 import gradio as gr
 from torch import Tensor
 
-from qlip.apps.playground_models import (
-    LONGEST_TEXT,
-    MOST_LABELS,
-    Chosen,
-    Playground,
-    limited,
-    shown,
-)
-from qlip.apps.playground_tabs import MODEL_CALL, begun, picture_box, said
+from qlip.apps.playground_models import Chosen, Playground, shown
+from qlip.apps.playground_sent import MOST_LABELS, limited, seed_of
+from qlip.apps.playground_tabs import MODEL_CALL, Tab, begun, picture_box, said
 from qlip.models.generator import Generator
 
 FIRST_LABELS = "red circle\nblue star\ngreen square\nyellow heart\na photo of a cat"
 MOST_SHOWN = 10  # labels
 
 
-def classify_tab(playground: Playground, state: gr.State) -> None:
+def classify_tab(playground: Playground, state: gr.State) -> Tab:
     """Own labels, compared with the picture."""
     gr.Markdown(
         "The tokenizer was trained with captions, so it can tell which **text** fits the picture best. Nothing was "
@@ -36,7 +30,6 @@ def classify_tab(playground: Playground, state: gr.State) -> None:
                 label=f"Labels, one a line (at most {MOST_LABELS})",
                 lines=8,
                 max_lines=14,
-                max_length=LONGEST_TEXT,
                 elem_id="labels",
             )
             button = gr.Button("Classify", variant="primary", elem_id="classify")
@@ -47,6 +40,7 @@ def classify_tab(playground: Playground, state: gr.State) -> None:
         return playground.classify(begun(chosen), text)
 
     button.click(said(on_click), [state, labels], answer, **MODEL_CALL)
+    return Tab(outputs=[answer], fresh=lambda chosen: [None])
 
 
 def draw_tab(playground: Playground) -> None:
@@ -58,11 +52,9 @@ def draw_tab(playground: Playground) -> None:
     )
     with gr.Row():
         with gr.Column(min_width=240):
-            prompt = gr.Textbox(
-                "a red star", label="What to draw", lines=2, max_length=LONGEST_TEXT, elem_id="draw-prompt"
-            )
+            prompt = gr.Textbox("a red star", label="What to draw", lines=2, elem_id="draw-prompt")
             name = gr.Radio(names, value=names[0], label="Drawn by", visible=len(names) > 1, elem_id="drawn-by")
-            seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="draw-seed")
+            seed = gr.Number(0, label="Seed", step=1, elem_id="draw-seed")
             guidance = gr.Slider(
                 0,
                 15,
@@ -79,11 +71,11 @@ def draw_tab(playground: Playground) -> None:
     def on_click(
         prompt: str,
         name: str,
-        seed: int | None,
+        seed: object,
         guidance: float,
         progress: gr.Progress = gr.Progress(),  # noqa: B008 - how gradio finds it
     ) -> Any:
-        drawer = playground.drawers[name]
+        drawer = playground.drawer(name)
         rows, columns = drawer.model.config.grid
         cut = drawer.captions.num_cut(limited(prompt)) if isinstance(drawer, Generator) else 0
         if cut:
@@ -92,13 +84,13 @@ def draw_tab(playground: Playground) -> None:
         def report(done: int, bits: Tensor) -> None:
             progress((done, rows * columns), unit="tokens")
 
-        return shown(playground.draw(name, prompt, seed=int(seed or 0), guidance=guidance, on_tokens=report))
+        return shown(playground.draw(name, prompt, seed=seed_of(seed), guidance=guidance, on_tokens=report))
 
     button.click(said(on_click), [prompt, name, seed, guidance], picture, **MODEL_CALL)
     name.change(said(playground.guidance), name, guidance, show_progress="hidden", api_visibility="private")
 
 
-def caption_tab(playground: Playground, state: gr.State) -> None:
+def caption_tab(playground: Playground, state: gr.State) -> Tab:
     """What a UM3 writes about the picture."""
     gr.Markdown(
         "One model reads text and image tokens alike (**UM3**). It reads your picture's tokens and goes on in words."
@@ -110,14 +102,13 @@ def caption_tab(playground: Playground, state: gr.State) -> None:
         return playground.caption(begun(chosen)) or "(the model wrote no caption)"
 
     button.click(said(on_click), state, words, **MODEL_CALL)
+    return Tab(outputs=[words], fresh=lambda chosen: [""])
 
 
-def ask_tab(playground: Playground, state: gr.State) -> None:
+def ask_tab(playground: Playground, state: gr.State) -> Tab:
     """A question about the picture, answered by the assistant."""
     gr.Markdown("A language model sees your picture through the tokenizer's encoder. **Ask it** about the picture.")
-    question = gr.Textbox(
-        "What is in the picture?", label="Question", lines=2, max_length=LONGEST_TEXT, elem_id="question"
-    )
+    question = gr.Textbox("What is in the picture?", label="Question", lines=2, elem_id="question")
     button = gr.Button("Ask", variant="primary", elem_id="ask")
     words = gr.Textbox(label="Answer", lines=4, interactive=False, buttons=["copy"], elem_id="answer")
 
@@ -125,3 +116,4 @@ def ask_tab(playground: Playground, state: gr.State) -> None:
         return playground.ask(begun(chosen), text) or "(the model wrote no answer)"
 
     button.click(said(on_click), [state, question], words, **MODEL_CALL)
+    return Tab(outputs=[words], fresh=lambda chosen: [""])

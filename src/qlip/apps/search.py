@@ -27,12 +27,14 @@ from qlip.apps.search_report import (
     pairs_record,
     print_hits,
     print_pairs,
+    shortened,
     text_tile,
+    warn_of_cut_text,
     write_results,
 )
 from qlip.core.errors import UserError
 from qlip.core.log import progress
-from qlip.data.token_files import open_tokens, pack_bits
+from qlip.data.token_files import REMEDY, open_tokens, pack_bits
 from qlip.data.token_search import (
     near_duplicates,
     nearest_by_bits,
@@ -45,6 +47,8 @@ from qlip.engine.parallel import pick_device
 from qlip.engine.run_folder import make_writable
 from qlip.models.image_tokenizer import ImageTokenizer, QLIPTokenizer, VQTokenizer, open_image_tokenizer
 from qlip.models.measured import MeasuredQLIP
+from qlip.models.opening import open_measured
+from qlip.models.qlip.loading import load_processor
 
 SHEET_COLUMNS = 6  # even, so that pairs stay together
 BF16 = "bfloat16 autocast"  # as `qlip tokenize --precision bf16` says it
@@ -65,14 +69,14 @@ def search_store(
     """Print the `num` pictures nearest to `image` or `text`, or the closest pairs of `duplicates`.
 
     `out` gets results.json and sheet.png. `model` is where the tokenizer lies, if not where the store says.
-    Raises `UserError` unless exactly one thing is asked, for a text or `by="embedding"` without embeddings, and for a
-    model other than the one that made the store.
+    Raises `UserError` unless exactly one thing is asked, for a store without pictures, for a text or `by="embedding"`
+    without embeddings, for a text that is no UTF-8, and for a model other than the one that made the store.
     """
     if [image is not None, bool(text), duplicates is not None].count(True) != 1:
         raise UserError("search for one thing: give --image PICTURE, --text WORDS or --duplicates SHARE")
     if num < 1:
         raise UserError(f"--num {num}: give at least 1")
-    tokens = TokenStore(store)
+    tokens = _open_store(store)
     way = _way(tokens, by, text=text, duplicates=duplicates)
     if out is not None:
         make_writable(out)
@@ -88,12 +92,25 @@ def search_store(
         pixels = _pixels(tokens, maker, picture)
         query, first = _picture_query(tokens, maker, pixels, by=way), Tile(enlarged(pixels[0]), ("query", image.name))
     hits = (nearest_by_bits if way == "bits" else nearest_by_embedding)(tokens, query, num=num)
-    print_hits(tokens, hits, asked=text or str(image), by=way)
+    print_hits(tokens, hits, asked=shortened(text) or str(image), by=way)
     if out is not None:
         tiles = hit_tiles(tokens, maker.tokenizer, hits, ranks=range(1, len(hits) + 1), by=way)
         asked = {"image": str(image)} if text == "" else {"text": text}
         record = _about(tokens, maker, asked, by=way) | hits_record(tokens, hits, by=way)
         write_results(out, record, [first, *tiles], columns=SHEET_COLUMNS)
+
+
+def _open_store(path: Path) -> TokenStore:
+    """The store. Raises `UserError` for what is none, and for one without pictures."""
+    try:
+        tokens = TokenStore(path)
+    except UserError as error:
+        if path.expanduser().is_file() and "is no whole parquet file" in str(error):  # it may be anything
+            raise UserError(f"{str(error).removesuffix(REMEDY)}give a token store") from None
+        raise
+    if not len(tokens):
+        raise UserError(f"{tokens.path} has no pictures: give a token store that has some (qlip tokenize)")
+    return tokens
 
 
 def _way(tokens: TokenStore, by: str, *, text: str, duplicates: float | None) -> Way:
@@ -105,8 +122,11 @@ def _way(tokens: TokenStore, by: str, *, text: str, duplicates: float | None) ->
         if by == "embedding":
             raise UserError("duplicates are found by bits: leave --by embedding out")
         return "bits"
-    if text and (not text.strip() or by == "bits"):
-        problem = "a text has no bits" if text.strip() else "the text is empty"
+    readable = text.encode("utf-8", "replace").decode()
+    if readable != text:  # half surrogates, which is how Python holds bytes that are no UTF-8
+        raise UserError(f"the text {shortened(readable)!r} is no UTF-8: give --text in UTF-8")
+    if text and (not one_line(text) or by == "bits"):
+        problem = "a text has no bits" if one_line(text) else "the text is empty"
         raise UserError(f"{problem}: give words with --text and leave --by out, or give --image")
     if (text or by == "embedding") and not has_embeddings:
         raise UserError(f"{tokens.path} has no embeddings: make it with qlip tokenize --embeddings")
@@ -136,7 +156,9 @@ def _open_maker(tokens: TokenStore, model: str, *, by: Way, device: str) -> _Mak
     try:
         tokenizer = open_image_tokenizer(path, image_size=size if isinstance(size, int) else 0)
     except UserError as error:
-        if model and "--image-size" not in str(error):
+        if "--image-size" in str(error):
+            _require_kind(tokens, path)
+        elif model:
             raise
         # A remedy of qlip tokenize is none here: a model whose size does not fit is another one.
         problem = "was not made by this model" if model else "has a tokenizer that does not open"
@@ -153,6 +175,16 @@ def _open_maker(tokens: TokenStore, model: str, *, by: Way, device: str) -> _Mak
         _require_embeddings_of(tokens, fingerprint)
     tokenizer.to(place)
     return _Maker(path=path, tokenizer=tokenizer, fingerprint=fingerprint)
+
+
+def _require_kind(tokens: TokenStore, path: str) -> None:
+    """Raise `UserError` for a model of another kind than the one that made the store."""
+    made_by, kind = tokens.info.decoder.get("name", ""), open_measured(path).name
+    if made_by and made_by != kind:
+        raise UserError(
+            f"{tokens.path} was made by a {one_line(made_by)}, {one_line(path)} is a {kind}: say where the one that "
+            "made it is with --model"
+        )
 
 
 def _require_embeddings_of(tokens: TokenStore, fingerprint: str) -> None:
@@ -193,8 +225,13 @@ def _picture_query(tokens: TokenStore, maker: _Maker, pixels: Tensor, *, by: Way
 
 
 def _text_query(maker: _Maker, text: str) -> np.ndarray:
-    """Embedding (e,) of a text as it stands."""
+    """Embedding (e,) of a text as it stands; says how much of it is not read."""
     assert isinstance(maker.tokenizer, QLIPTokenizer)
+    tokenize = maker.tokenizer.measured.tokenize
+    num_read, num_of_longer = tokenize([text, f"{text} a"])["attention_mask"].sum(1).tolist()
+    if num_read == num_of_longer:  # no room is left: count without the limit
+        num = len(load_processor(maker.path).tokenizer(text, split_special_tokens=True, verbose=False)["input_ids"])
+        warn_of_cut_text(text, num_tokens=num, num_read=num_read)
     return maker.tokenizer.text_embeds([text])[0].float().cpu().numpy()
 
 

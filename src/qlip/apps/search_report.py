@@ -29,6 +29,7 @@ Way = Literal["embedding", "bits"]
 SHEET_PICTURES = 60  # decoded for the sheet; results.json has all
 TILE_SIDE, TILE_GAP, LINE_HEIGHT = 192, 8, 18  # pixels
 CAPTION_LENGTH = 120  # characters in the table; results.json has all
+QUERY_LENGTH = 60  # characters
 
 
 class Tile(NamedTuple):
@@ -55,12 +56,25 @@ def print_pairs(tokens: TokenStore, found: Duplicates) -> None:
         texts = Text("\n").join([_captions(first), _captions(second)])
         table.add_row(str(rank), keys, _score(tokens, first.score, by="bits"), texts)
     most = _score(tokens, found.most_bits, by="bits")
+    pairs = "1 pair differs" if found.num_pairs == 1 else f"{found.num_pairs} pairs differ"
+    groups = "1 group" if len(found.groups) == 1 else f"{len(found.groups)} groups"
     console.print(
-        f"{found.num_pairs} pairs differ in at most {most}: {found.num_in_groups} of {found.num_pictures} pictures, "
-        f"in {found.num_groups} groups" + (f"; the closest {len(found.pairs)}:" if found.pairs else "")
+        f"{pairs} in at most {most}: {found.num_in_groups} of {found.num_pictures} pictures, in {groups}"
+        + (f"; the closest {len(found.pairs)}:" if found.pairs else "")
     )
     if found.pairs:
         console.print(table)
+
+
+def warn_of_cut_text(text: str, *, num_tokens: int, num_read: int) -> None:
+    """Print a line if a text has more tokens than its model reads."""
+    if num_tokens > num_read:
+        console.print(
+            Text(
+                f"{shortened(text)!r}: the last {num_tokens - num_read} of its tokens are not read, "
+                f"the model takes {num_read}"
+            )
+        )
 
 
 def hits_record(tokens: TokenStore, hits: list[Hit], *, by: Way) -> dict[str, Any]:
@@ -74,11 +88,11 @@ def hits_record(tokens: TokenStore, hits: list[Hit], *, by: Way) -> dict[str, An
 
 
 def pairs_record(tokens: TokenStore, found: Duplicates) -> dict[str, Any]:
-    """Pairs and their counts as JSON values."""
+    """Pairs, all groups, and their counts as JSON values."""
     return {
         "num_pictures": found.num_pictures,
         "num_pairs": found.num_pairs,
-        "num_groups": found.num_groups,
+        "num_groups": len(found.groups),
         "num_in_groups": found.num_in_groups,
         "most_bits": found.most_bits,
         "pairs": [
@@ -89,6 +103,7 @@ def pairs_record(tokens: TokenStore, found: Duplicates) -> dict[str, Any]:
             }
             for rank, pair in enumerate(found.pairs, start=1)
         ],
+        "groups": found.groups,
     }
 
 
@@ -136,6 +151,12 @@ def write_results(out: Path, record: dict[str, Any], tiles: list[Tile], *, colum
 def one_line(text: str) -> str:
     """Without control and format characters, which could move the cursor or turn the line around."""
     return " ".join("".join(" " if unicodedata.category(c)[0] in "CZ" else c for c in text).split())
+
+
+def shortened(text: str) -> str:
+    """A query for one line, at most `QUERY_LENGTH` characters of it."""
+    text = one_line(text)
+    return text if len(text) <= QUERY_LENGTH else text[: QUERY_LENGTH - 1] + "…"
 
 
 def _table(*columns: str) -> Table:

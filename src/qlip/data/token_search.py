@@ -7,6 +7,7 @@ Shapes: `r` rows, `n` tokens, `L` bits of a token, `e` width of embeddings.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from qlip.core.errors import UserError
 from qlip.data.token_files import REMEDY, TokenRows
+from qlip.data.token_keys import read_column
 from qlip.data.token_store import TokenStore
 
 TILE = 1024  # rows compared with as many at a time: 29 MB as float32 at 256 tokens of 28 bits
@@ -47,8 +49,8 @@ class Duplicates:
     """The closest, earlier rows first; the score of both is the number of bits in which they differ."""
     num_pairs: int
     """How many there are, those that `pairs` has no room for among them."""
-    num_groups: int
-    """Pictures that are joined by pairs, also through others, are one group."""
+    groups: list[list[str]]
+    """Keys of pictures that are joined by pairs, also through others: all groups, each once, in the order of rows."""
     num_in_groups: int
     """Pictures that are in any pair."""
     num_pictures: int
@@ -191,7 +193,7 @@ def near_duplicates(
     return Duplicates(
         pairs=_with_names(store, found, packed, indices),
         num_pairs=num_pairs,
-        num_groups=groups.count(),
+        groups=_keys_of_groups(store, groups.roots()),
         num_in_groups=int(groups.is_in_pair.sum()),
         num_pictures=len(packed),
         most_bits=most,
@@ -254,8 +256,21 @@ class _Groups:
         self._parents[pictures] = roots
         return roots
 
-    def count(self) -> int:
-        return len(np.unique(self._roots(np.flatnonzero(self.is_in_pair))))
+    def roots(self) -> dict[int, int]:
+        """Root of every picture that is in a pair."""
+        pictures = np.flatnonzero(self.is_in_pair)
+        return dict(zip(pictures.tolist(), self._roots(pictures).tolist(), strict=True))
+
+
+def _keys_of_groups(store: TokenStore, roots: dict[int, int]) -> list[list[str]]:
+    """Keys of each group; they are read a second time, so that only those of groups are in memory."""
+    found: dict[int, list[str]] = {}
+    files = store.files if roots else []
+    keys = itertools.chain.from_iterable(rows for file in files for rows in read_column(file, "key"))
+    for picture, key in enumerate(itertools.islice(keys, 0, None, len(store.info.views))):
+        if picture in roots:
+            found.setdefault(roots[picture], []).append(key)
+    return list(found.values())
 
 
 def _with_names(store: TokenStore, found: _Closest, packed: np.ndarray, indices: np.ndarray) -> list[tuple[Hit, Hit]]:

@@ -167,7 +167,7 @@ def app(
     Example: qlip app runs/demo/stage2/export --images pictures --generator runs/t2i/export
 
     Args:
-        model: Tokenizer: QLIP folder or hub id.
+        model: Tokenizer: QLIP folder or hub id, or a VQ model (diffusers folder, LlamaGen file), taken at 256 px.
         images: Folder of pictures to pick from; without one, procedural scenes.
         generator: Folder of a text-to-image model, to draw.
         assistant: Folder of an assistant, to ask.

@@ -21,6 +21,11 @@ from tiny_assistants import save_tiny_assistant
 from tiny_unified import tiny_unified_folder
 
 MILLISECONDS = 60_000  # waited for anything on the page
+HAS_LINE = """id => {
+  const canvas = document.querySelector(`#${id} canvas`);
+  const empty = Object.assign(document.createElement("canvas"), { width: canvas.width, height: canvas.height });
+  return canvas.toDataURL() !== empty.toDataURL();
+}"""
 
 
 @dataclass
@@ -81,19 +86,11 @@ class Visitor:
 
     def is_clean(self, name: str) -> None:
         """Wait until no line of a stroke is left."""
-        script = (
-            "id => { const c = document.querySelector(`#${id} canvas`);"
-            " return c.getContext('2d').getImageData(0, 0, c.width, c.height).data.every(v => v === 0); }"
-        )
-        self.page.wait_for_function(script, arg=name, timeout=MILLISECONDS)
+        self.page.wait_for_function(f"id => !({HAS_LINE})(id)", arg=name, timeout=MILLISECONDS)
 
-    def is_dirty(self, name: str) -> bool:
-        """Whether a line of a stroke is there."""
-        script = (
-            "id => { const c = document.querySelector(`#${id} canvas`);"
-            " return c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some(v => v !== 0); }"
-        )
-        return bool(self.page.evaluate(script, name))
+    def has_line(self, name: str) -> bool:
+        """Whether the line of a stroke is there."""
+        return bool(self.page.evaluate(HAS_LINE, name))
 
     def written(self, name: str) -> str:
         """What a model has written into a box, as soon as it has."""

@@ -61,7 +61,8 @@ def brush(*, grid: tuple[int, int], text: str, elem_id: str) -> gr.HTML:
 def forget_after(stroke: Any, *, elem_id: str) -> None:
     """Take the line of a stroke away when its call has ended, also where nothing changed or it was refused."""
     told = f"() => document.querySelector('#{elem_id} .board').dispatchEvent(new Event('answered', {{bubbles: true}}))"
-    stroke.then(None, js=told, show_progress="hidden", api_visibility="private")
+    for ended in (stroke.success, stroke.failure):  # with `then` the line of a refused stroke stayed
+        ended(None, js=told, show_progress="hidden", api_visibility="private")
 
 
 def data_url(picture: Tensor | None) -> str:

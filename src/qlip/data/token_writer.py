@@ -19,7 +19,7 @@ from qlip.data.bit_codec import BitModel, range_coding
 from qlip.data.token_files import TokenRows, TokenStoreInfo, schema_of, unpack_bits
 
 ROW_GROUP_ROWS = 2048  # 1.8 MB of bits at 256 tokens of 28 bits: what training reads at a time
-CODED_GROUP_ROWS = 256  # a row that is looked up costs its row group, and codes are slow to read
+CODED_GROUP_ROWS = 1024  # fewer, since a row that is looked up costs its group, and codes are slow to read
 UNCOMPRESSED = ("bits", "coded", "embedding.list.element")  # as good as random
 TEXT_COLUMNS = ("key", "caption", "captions.list.element", "width", "height", "label")
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from qlip.apps.decode_pool import DecodePool
 from qlip.apps.decoding import DecodeOptions, decode_batch, num_views
+from qlip.core.errors import UserError
 from qlip.core.images import ImageLimits, open_image
 from qlip.data.items import Item
 from qlip.data.tar_reader import Skip
@@ -137,6 +138,19 @@ def test_the_dead_are_replaced(tmp_path: Path) -> None:
     assert keys == ["once", "0", "1"], "done again by a new process, and its neighbours with it"
     assert skips == [("always", "decoder died")], "only the one that kills is left out"
     assert found["c"][:2] + found["c"][3:] == expected["c"]
+
+
+class Unshareable(bytes):
+    """Fails as a decoder does when /dev/shm is full."""
+
+    def __len__(self) -> int:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+
+def test_a_small_shared_memory_is_one_line() -> None:
+    with pytest.raises(UserError, match="no room in /dev/shm.*--shm-size") as caught:
+        decoded({"a": [Item(key="0", image=Unshareable(picture(0)))]}, workers=0)
+    assert "\n" not in str(caught.value)
 
 
 def test_what_a_file_cannot_hold_is_left_out() -> None:

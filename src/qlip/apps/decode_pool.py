@@ -163,12 +163,8 @@ class _Group:
 
     def take(self) -> tuple[Place, DecodedBatch] | None:
         """The next batch, waited for; None behind the last."""
-        worker = self.workers[self.turn]
         try:
-            found = worker.asked.popleft().result()
-            worker.ask()
-        except BrokenProcessPool:
-            found = self._again(worker)
+            found = self._found(self.workers[self.turn])
         except RuntimeError as error:
             if "shared memory" not in str(error):
                 raise
@@ -187,6 +183,14 @@ class _Group:
         """For the worker whose batch comes `behind` others."""
         first = self.num_taken + behind
         return _Task(parts=self.parts, first=first, step=len(self.workers), size=self.size, options=self.options)
+
+    def _found(self, worker: _Worker) -> tuple[Place, DecodedBatch] | None:
+        try:
+            found = worker.asked.popleft().result()
+        except BrokenProcessPool:
+            return self._again(worker)
+        worker.ask()
+        return found
 
     def _again(self, worker: _Worker) -> tuple[Place, DecodedBatch] | None:
         """The batch over which a worker has died."""

@@ -148,7 +148,7 @@ class Unshareable(bytes):
 
 
 def test_a_small_shared_memory_is_one_line() -> None:
-    with pytest.raises(UserError, match="no room in /dev/shm.*--shm-size") as caught:
+    with pytest.raises(UserError, match=r"no room in /dev/shm.*--shm-size") as caught:
         decoded({"a": [Item(key="0", image=Unshareable(picture(0)))]}, workers=0)
     assert "\n" not in str(caught.value)
 

@@ -24,6 +24,11 @@ def nearest_name(name: str, known: Iterable[str]) -> str:
     return f"known: {', '.join(known)}"
 
 
+def one_line(error: BaseException) -> str:
+    """What another library says, on one line of at most 200 characters."""
+    return " ".join(str(error).split())[:200]
+
+
 def last_line(error: BaseException) -> str:
     """The message without the traceback that torch puts before it when it comes from a data worker."""
     line = next((line for line in reversed(str(error).splitlines()) if line.strip()), "")

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlip.core.errors import UserError
+from qlip.core.errors import UserError, one_line
 from qlip.data.folders import card_name, relative_name
-from qlip.data.table_rows import Pieces, TableSource, either, one_line, open_tables, split_names
+from qlip.data.table_rows import Pieces, TableSource, either, open_tables, split_names
 from qlip.data.tar_reader import Skip
 
 STATE_FILE, INFO_FILE, DICT_FILE = "state.json", "dataset_info.json", "dataset_dict.json"

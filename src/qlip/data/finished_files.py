@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from qlip.core.config import differences
-from qlip.core.errors import UserError
+from qlip.core.errors import UserError, one_line
 
 LOCK = ".lock"
 TEMPORARY = re.compile(r"\.qlip-(\d+)\.tmp$")  # ends the name of a file that is being written, with the process
@@ -104,8 +104,7 @@ def _cannot_write(path: Path, error: OSError) -> UserError:
         return UserError(f"cannot write {path}: a file is in the way; choose another OUT")
     if error.errno == errno.EISDIR:
         return UserError(f"cannot write {path}: a folder is in the way; choose another OUT")
-    text = " ".join(str(error).split())[:200]
-    return UserError(f"cannot write {path}: {text}; free disk space or choose another OUT")
+    return UserError(f"cannot write {path}: {one_line(error)}; free disk space or choose another OUT")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -182,11 +182,6 @@ def either(names: Iterable[object]) -> str:
     return " or ".join(sorted({str(name) for name in names}))
 
 
-def one_line(error: Exception) -> str:
-    """What an error of pyarrow says, on one line of at most 200 characters."""
-    return " ".join(str(error).split())[:200]
-
-
 def _columns(file: Path, schema: Any) -> Columns:
     from pyarrow import types
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from qlip.core.config import from_json, to_json
-from qlip.core.errors import UserError
+from qlip.core.errors import UserError, one_line
 from qlip.data.bit_codec import BitModel
 
 METADATA_KEY = b"qlip.tokens"
@@ -148,7 +148,7 @@ def open_tokens(file: Path) -> tuple[TokenStoreInfo, Any]:
         with ParquetFile(file) as table:
             schema, footer = table.schema_arrow, table.metadata
     except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{file} is no whole parquet file ({_one_line(error)}); {REMEDY}") from None
+        raise UserError(f"{file} is no whole parquet file ({one_line(error)}); {REMEDY}") from None
     info = _info(file, (schema.metadata or {}).get(METADATA_KEY))
     expected = schema_of(info)
     for name in ("key", "coded" if info.codec else "bits", "caption", *(["embedding"] if info.embedding_width else [])):
@@ -179,7 +179,7 @@ def _info(file: Path, text: bytes | None) -> TokenStoreInfo:
         try:
             model = BitModel.from_json(info.codec)
         except ValueError as error:
-            raise UserError(f"{file}: {_one_line(error)}; {REMEDY}") from None
+            raise UserError(f"{file}: {one_line(error)}; {REMEDY}") from None
         if model.num_bits != info.num_bits:
             raise UserError(f"{file}: tokens of {info.num_bits} bits, coded as ones of {model.num_bits}; {REMEDY}")
     return info
@@ -205,7 +205,7 @@ def read_row_group(
     except UserError:  # a package is missing
         raise
     except (OSError, ValueError, pyarrow.ArrowException) as error:  # ValueError: text not UTF-8, bits that cannot be
-        raise UserError(f"{file} row group {group} is damaged ({_one_line(error)}); {REMEDY}") from None
+        raise UserError(f"{file} row group {group} is damaged ({one_line(error)}); {REMEDY}") from None
     none = [None] * len(rows["key"])
     texts = zip(rows["caption"], rows.get("captions", none), strict=True)
     sizes = zip(rows.get("width", none), rows.get("height", none), strict=True)
@@ -239,7 +239,3 @@ def num_null_captions(footer: Any) -> int:
         about = next(column.statistics for column in columns if column.path_in_schema == "caption")
         count += about.null_count if about is not None and about.has_null_count else 0
     return count
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

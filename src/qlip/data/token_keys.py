@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from qlip.core.errors import UserError
+from qlip.core.errors import UserError, one_line
 from qlip.data.token_files import REMEDY
 
 LONGEST_NAME = 200  # bytes; file systems allow 255, and an ending and `.tmp` come behind it
@@ -109,8 +109,7 @@ def read_column(file: Path, name: str) -> Iterator[list[Any]]:
                 else:
                     yield [None] * table.metadata.row_group(group).num_rows
     except (OSError, ValueError, pyarrow.ArrowException) as error:
-        text = " ".join(str(error).split())[:200]
-        raise UserError(f"{file} is damaged ({text}); {REMEDY}") from None
+        raise UserError(f"{file} is damaged ({one_line(error)}); {REMEDY}") from None
 
 
 def file_name_of(key: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from qlip.core.errors import UserError
+from qlip.core.errors import UserError, one_line
 from qlip.data.bit_codec import BitModel, range_coding
 from qlip.data.token_files import TokenRows, TokenStoreInfo, schema_of, unpack_bits
 
@@ -152,8 +152,7 @@ class TokenWriter:
         self._temporary.unlink(missing_ok=True)
 
     def _cannot_write(self, error: OSError) -> UserError:
-        text = " ".join(str(error).split())[:200]
-        return UserError(f"cannot write {self.path}: {text}; free disk space or choose another OUT")
+        return UserError(f"cannot write {self.path}: {one_line(error)}; free disk space or choose another OUT")
 
 
 def _joined(parts: list[TokenRows]) -> TokenRows:

@@ -28,28 +28,14 @@ from qlip.data.token_store import TokenStore
 from qlip.data.token_writer import TokenWriter
 from qlip.data.transforms import prepared_pixels
 from qlip.models.image_tokenizer import open_image_tokenizer
-from qlip.models.qlip.loading import save_model
-from qlip.models.qlip.modeling import QLIPModel
-from qlip.models.qlip.processing import QLIPProcessor
-from qlip.recipes.model import ModelConfig, TowerSize
+from tiny_tokenizer import save_tiny_tokenizer
 
 NUM = 23  # pictures; number 9 is broken and number 14 has no picture
 
 
-def save_tiny_model(folder: Path, *, seed: int) -> Path:
-    torch.manual_seed(seed)
-    tower = TowerSize(hidden_size=16, num_layers=1, num_heads=2, intermediate_size=24)
-    sizes = ModelConfig(
-        image_size=16, patch_size=8, encoder=tower, decoder=tower, text=tower, context_length=8, projection_dim=16
-    )
-    processor = QLIPProcessor.for_size(16, context_length=8)
-    save_model(QLIPModel(sizes.build_config()).eval(), folder=folder, processor=processor, step=1)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("models") / "one", seed=0)
+    return save_tiny_tokenizer(tmp_path_factory.mktemp("models") / "one")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -161,7 +147,7 @@ def test_a_finished_folder_is_left_alone(model: Path, shard: Path, tmp_path: Pat
 
 
 def test_other_tokens_are_not_mixed_in(model: Path, shard: Path, tmp_path: Path) -> None:
-    other = save_tiny_model(tmp_path / "other", seed=1)
+    other = save_tiny_tokenizer(tmp_path / "other", seed=1)
     first = made(model, shard, tmp_path / "out").info.encoder_fingerprint
     second = tokenize.open_image_tokenizer(other).encoder_fingerprint
     with pytest.raises(UserError, match=f"other tokens: .*{first}' -> '{second}'.*choose another OUT"):

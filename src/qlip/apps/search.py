@@ -34,7 +34,7 @@ from qlip.apps.search_report import (
 )
 from qlip.core.errors import UserError
 from qlip.core.log import progress
-from qlip.data.token_files import REMEDY, open_tokens, pack_bits
+from qlip.data.token_files import REMEDY, pack_bits
 from qlip.data.token_search import (
     near_duplicates,
     nearest_by_bits,
@@ -188,14 +188,13 @@ def _require_kind(tokens: TokenStore, path: str) -> None:
 
 
 def _require_embeddings_of(tokens: TokenStore, fingerprint: str) -> None:
-    """Raise `UserError` unless this model made the embeddings of every file: the encoder alone does not settle them."""
-    for file in tokens.files:
-        made_by = open_tokens(file)[0].decoder.get("fingerprint", "")
-        if made_by != fingerprint:
-            raise UserError(
-                f"the embeddings of {file} are of model {one_line(made_by)}, this one is {fingerprint}: give the model "
-                "that made them with --model, or an --image and --by bits"
-            )
+    """Raise `UserError` unless this model made the embeddings: the encoder alone does not settle them."""
+    made_by = tokens.info.decoder.get("fingerprint", "")  # the same in all files, else it is no store
+    if made_by != fingerprint:
+        raise UserError(
+            f"the embeddings of {tokens.path} are of model {one_line(made_by)}, this one is {fingerprint}: give the "
+            "model that made them with --model, or an --image and --by bits"
+        )
 
 
 def _pixels(tokens: TokenStore, maker: _Maker, picture: Image.Image) -> Tensor:

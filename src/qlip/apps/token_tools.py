@@ -14,7 +14,7 @@ from qlip.core.log import console, progress
 from qlip.data.finished_files import finished_file
 from qlip.data.ledger import read_ledger
 from qlip.data.token_exports import ExportFormat, export_tokens
-from qlip.data.token_files import TokenRows, open_tokens
+from qlip.data.token_files import TokenRows
 from qlip.data.token_merge import check_merged_keys, plan_merge, skipped_ledgers, write_merge
 from qlip.data.token_store import TokenStore
 from qlip.engine.run_folder import make_writable
@@ -157,8 +157,7 @@ def _facts(store: TokenStore, seen: _Seen) -> dict[str, Any]:
 def _bits_of(store: TokenStore) -> tuple[str, int]:
     """`packed`, `compressed` or `mixed`, and what the column of bits takes in all files, in bytes."""
     num_bytes, kinds = 0, set()
-    for file in store.files:
-        info, footer = open_tokens(file)
+    for info, footer in zip(store.infos, store.footers, strict=True):
         name = "coded" if info.codec else "bits"
         kinds.add("compressed" if info.codec else "packed")
         for group in map(footer.row_group, range(footer.num_row_groups)):

@@ -63,10 +63,11 @@ class TokenStore:
         self.infos = [info for info, _ in opened]
         """What each file says; `info` is that of the first."""
         _require_one_kind(self.files, self.infos)
-        self._footers = [footer for _, footer in opened]
+        self.footers = [footer for _, footer in opened]
+        """pyarrow's metadata of each file."""
         self.row_groups = [
             (file, group, footer.row_group(group).num_rows)
-            for file, footer in enumerate(self._footers)
+            for file, footer in enumerate(self.footers)
             for group in range(footer.num_row_groups)
         ]
         """File, row group in it, and its rows."""
@@ -106,7 +107,7 @@ class TokenStore:
         return read_row_group(
             self.files[file],
             self.infos[file],
-            self._footers[file],
+            self.footers[file],
             row_group,
             with_embeddings=with_embeddings,
         )
@@ -145,7 +146,7 @@ class TokenStore:
 
     def num_without_captions(self) -> int:
         """Rows without any caption, as the footers count them; rows of files that do not count have one."""
-        return sum(num_null_captions(footer) for footer in self._footers)
+        return sum(num_null_captions(footer) for footer in self.footers)
 
     def require(self, encoder_fingerprint: str) -> None:
         """Raise `UserError` unless this encoder made the tokens."""

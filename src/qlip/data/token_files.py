@@ -27,7 +27,7 @@ from qlip.data.bit_codec import BitModel
 
 METADATA_KEY = b"qlip.tokens"
 FORMAT_VERSION = 1
-REMEDY = "remove it and run qlip tokenize again, which makes what is missing"
+REMEDY = "remove it and start what made it again (qlip tokenize, qlip tokens merge), which makes what is missing"
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
